@@ -1,0 +1,1 @@
+"""Apps, their releases, configuration and logs."""

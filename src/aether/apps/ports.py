@@ -1,0 +1,98 @@
+"""What apps need from a runtime, a router and an artifact source."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from aether.model.instance import InstanceExit, InstanceSpec, LogRecord
+
+
+class Instance(Protocol):
+    """A started instance. Losing this object does not stop the instance; `Runtime.adopt` finds it again."""
+
+    @property
+    def spec(self) -> InstanceSpec: ...
+
+    async def dial(self) -> socket.socket:
+        """A connected, non-blocking TCP socket to the instance's PORT inside its own network view.
+
+        Raises ConnectionRefusedError while nothing listens, OSError when the instance is gone.
+        """
+        ...
+
+    async def wait(self) -> InstanceExit:
+        """Return when the instance has ended; may be awaited by several tasks and again after the end."""
+        ...
+
+    async def stop(self, grace_secs: float) -> InstanceExit:
+        """SIGTERM, then SIGKILL to everything in the sandbox after `grace_secs`; idempotent."""
+        ...
+
+
+class Runtime(Protocol):
+    """Runs instances; everything it keeps on disk lives in its own folder and survives a killed server."""
+
+    async def start(self, spec: InstanceSpec) -> Instance:
+        """Start and return at once (readiness is the caller's business). Raises ServiceUnavailable with the
+        reason and the remedy when no sandbox can be had."""
+        ...
+
+    async def adopt(self, instance_id: str) -> Instance | None:
+        """Take over a running or ended instance of an earlier server process; None if nothing is known of it."""
+        ...
+
+    async def known(self) -> Sequence[str]:
+        """Ids of all instances with anything left on this machine."""
+        ...
+
+    async def remove(self, instance_id: str) -> None:
+        """Forget an ended instance: cgroup, folders, sockets; its logs stay. Idempotent."""
+        ...
+
+    def logs(
+        self, instance_id: str, app: str, *, since_ns: int = 0, tail: int | None = None, follow: bool = False
+    ) -> AsyncIterator[LogRecord]:
+        """Records in order, each once; with `follow` goes on until the instance has ended and all is read."""
+        ...
+
+    async def drop_logs(self, instance_id: str, app: str) -> None: ...
+
+
+class Backend(Protocol):
+    """One upstream of an app as the edge sees it."""
+
+    @property
+    def in_flight(self) -> int: ...
+
+    async def drain(self, timeout_secs: float) -> bool:
+        """Take no new requests; True when those under way ended in time."""
+        ...
+
+
+class Router(Protocol):
+    """The edge's routing table."""
+
+    def add(self, app: str, instance: Instance) -> Backend:
+        """Make a backend that gets no requests yet."""
+        ...
+
+    def route(self, app: str, backends: Sequence[Backend]) -> None:
+        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503."""
+        ...
+
+    def drop(self, app: str) -> None:
+        """Forget the app: its host answers 404."""
+        ...
+
+
+class ArtifactSource(Protocol):
+    """Unpacked artifacts on this machine, shared by every instance of a digest."""
+
+    async def unpack(self, app: str, digest: str) -> Path:
+        """Folder with the verified, unpacked artifact; made once, complete or absent, never half-written."""
+        ...
+
+    async def discard(self, app: str, digest: str) -> None: ...

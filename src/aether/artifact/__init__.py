@@ -1,0 +1,1 @@
+"""What a build becomes: archive, manifest and digests, pure over streams."""

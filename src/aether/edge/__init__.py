@@ -1,0 +1,1 @@
+"""The HTTP data path: raw-protocol proxy, routing table, balancing and limits."""

@@ -1,0 +1,1 @@
+"""The server's side of artifacts: upload sessions, verification, quota, retention."""

@@ -1,0 +1,1 @@
+"""Runs an instance as a sandboxed process on this machine."""
