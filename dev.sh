@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# One entry for everything a contributor does; each command sets up what it needs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$PWD
+cache=${AETHER_DEV_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/aether-dev}
+venv=$root/.venv
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+die() {
+  printf 'dev.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+usage() {
+  cat <<'TXT'
+usage: ./dev.sh COMMAND [ARGUMENTS]
+
+  bootstrap   install what is missing: system packages (apt, as root), Python environment
+  verify      show what this machine has and what Aether can do on it
+  run         start `aether up`, deploy examples/express to it and show its answer
+              (stays up on a terminal until Ctrl-C; elsewhere it shows the answer and stops)
+  test        lint and every test (arguments go to pytest and leave the lint out)
+  lint        ruff, pyright, import-linter
+  bench       measure (all, or the names given: cli pack edge deploy) into bench/out/
+  db-start    start a local PostgreSQL and print its DATABASE_URL
+  lock        resolve the dependencies again into requirements/*.lock
+  clean       remove the environment, caches and bench output of this checkout
+TXT
+}
+
+# --- setting up --------------------------------------------------------------------------------------
+
+python_bin() {
+  local candidate
+  for candidate in ${AETHER_PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# command or file to look for -> Debian package
+needed_packages() {
+  python_bin >/dev/null || printf 'python3 python3-venv '
+  command -v node >/dev/null || printf 'nodejs '
+  command -v npm >/dev/null || printf 'npm '
+  command -v git >/dev/null || printf 'git '
+  command -v curl >/dev/null || printf 'curl '
+  command -v setpriv >/dev/null || printf 'util-linux '
+  if [ "$(uname -s)" = Linux ]; then
+    command -v bwrap >/dev/null || printf 'bubblewrap '
+    command -v slirp4netns >/dev/null || printf 'slirp4netns '
+  fi
+  local name
+  for name in "$@"; do
+    case $name in
+      bench)
+        command -v pigz >/dev/null || printf 'pigz '
+        command -v wrk >/dev/null || printf 'wrk '
+        [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || printf 'nginx-light '
+        ;;
+      postgresql) compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || printf 'postgresql ' ;;
+    esac
+  done
+}
+
+system_packages() {
+  local missing
+  missing=$(needed_packages "$@")
+  [ -z "$missing" ] && return
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    say "installing $missing"
+    export DEBIAN_FRONTEND=noninteractive
+    # a package that brings a service must not start it on somebody's machine
+    local policy=/usr/sbin/policy-rc.d made=
+    [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy && made=1; }
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    [ -z "$made" ] || rm -f $policy
+  elif command -v apt-get >/dev/null; then
+    die "these packages are missing; install them and come back:  sudo apt-get install $missing"
+  else
+    die "these are missing on this system (Debian names; your package manager may call them otherwise): $missing"
+  fi
+}
+
+environment() {
+  local python stamp
+  python=$(python_bin) || die "Python 3.11 or newer with venv is needed; set AETHER_PYTHON to it"
+  stamp=$(cat requirements/dev.lock pyproject.toml | cksum)-$("$python" -c 'import sys; print(sys.version)' | cksum)-$root
+  if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
+    say "making the Python environment in .venv"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    local uv
+    uv=$(grep -oE '^uv==[^ ]+' requirements/dev.lock)
+    # uv comes first from the same lock, hashes checked, and installs the rest
+    awk -v want="$uv" '$1==want{on=1} on{print} on&&!/\\$/{exit}' requirements/dev.lock >"$venv/uv.lock"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes -r "$venv/uv.lock"
+    "$venv/bin/uv" pip install -q --python "$venv/bin/python" --require-hashes -r requirements/dev.lock
+    "$venv/bin/uv" pip install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e .
+    printf '%s' "$stamp" >"$venv/.stamp"
+  fi
+  export PATH="$venv/bin:$PATH"
+}
+
+bootstrap() {
+  system_packages "$@"
+  environment
+}
+
+# --- commands ----------------------------------------------------------------------------------------
+
+cmd_verify() {
+  bootstrap
+  printf 'python  %s\nnode    %s\nnpm     %s\n' "$("$venv/bin/python" -V | cut -d' ' -f2)" "$(node -v)" "$(npm -v 2>/dev/null)"
+  aether doctor
+}
+
+cmd_lint() {
+  bootstrap
+  ruff check .
+  ruff format --check .
+  pyright
+  lint-imports
+}
+
+cmd_test() {
+  bootstrap
+  if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+  fi
+  say "lint" && cmd_lint
+  say "tests"
+  python -m pytest
+}
+
+cmd_run() {
+  bootstrap
+  exec python scripts/demo.py "$@"
+}
+
+cmd_bench() {
+  bootstrap bench
+  local name
+  [ $# -gt 0 ] || set -- cli pack edge deploy
+  for name in "$@"; do
+    [ -f "bench/$name.py" ] || die "no bench called $name"
+    say "bench $name"
+    python "bench/$name.py"
+  done
+}
+
+cmd_db_start() {
+  system_packages postgresql
+  local bin data port run_as=()
+  bin=$(dirname "$(compgen -G '/usr/lib/postgresql/*/bin/initdb' | sort -V | tail -1)")
+  data=$cache/postgresql
+  if [ "$(id -u)" = 0 ]; then
+    # PostgreSQL refuses to run as root
+    data=/var/lib/postgresql/aether-dev
+    run_as=(setpriv --reuid postgres --regid postgres --clear-groups)
+    install -d -o postgres -g postgres "$data"
+  else
+    mkdir -p "$data"
+  fi
+  [ -f "$data/PG_VERSION" ] || "${run_as[@]}" "$bin/initdb" -D "$data" -U aether -A trust >/dev/null
+  if ! "${run_as[@]}" "$bin/pg_ctl" -D "$data" status >/dev/null 2>&1; then
+    port=$(python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')
+    "${run_as[@]}" "$bin/pg_ctl" -D "$data" -w -l "$data/log" \
+      -o "-p $port -c listen_addresses=127.0.0.1 -c unix_socket_directories=$data" start >/dev/null
+    "${run_as[@]}" "$bin/createdb" -h 127.0.0.1 -p "$port" -U aether aether_dev 2>/dev/null || true
+  fi
+  port=$(sed -n 4p "$data/postmaster.pid")
+  echo "DATABASE_URL=postgresql://aether@127.0.0.1:$port/aether_dev"
+  say "stop it with: $bin/pg_ctl -D $data stop"
+}
+
+cmd_lock() {
+  environment
+  local flags=(--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q)
+  uv pip compile "${flags[@]}" -o requirements/runtime.lock pyproject.toml
+  uv pip compile "${flags[@]}" --group dev -o requirements/dev.lock pyproject.toml
+}
+
+cmd_clean() {
+  rm -rf "$venv" bench/out dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+  find src tests bench scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+}
+
+command=${1:-}
+[ $# -gt 0 ] && shift
+case $command in
+  bootstrap) bootstrap bench ;;
+  verify) cmd_verify ;;
+  run) cmd_run "$@" ;;
+  test) cmd_test "$@" ;;
+  lint) cmd_lint ;;
+  bench) cmd_bench "$@" ;;
+  db-start) cmd_db_start ;;
+  lock) cmd_lock ;;
+  clean) cmd_clean ;;
+  '' | -h | --help | help) usage ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
