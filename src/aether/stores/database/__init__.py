@@ -1,1 +1,1 @@
-"""Tables, migrations and connections."""
+"""The relational store: tables, migrations and the engine that hands out transactions."""

@@ -1,0 +1,83 @@
+"""The migrations produce exactly the tables that the code declares."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from aether.model.errors import ConfigError
+from aether.stores.database import schema
+from aether.stores.database.engine import Database
+from aether.stores.database.tables import metadata
+
+
+def database_at(folder: Path) -> Database:
+    return Database(f"sqlite+aiosqlite:///{folder}/aether.db")
+
+
+def test_head_is_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(schema.config()).get_heads() == [schema.HEAD]
+
+
+async def test_the_schema_does_not_drift(tmp_path: Path) -> None:
+    database = database_at(tmp_path)
+    await database.open()
+
+    def differences(connection: sa.Connection) -> list[object]:
+        options = {"compare_type": True, "compare_server_default": True}
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), metadata))
+
+    async with database.read() as tx:
+        assert await tx.run_sync(differences) == []
+        checks = await tx.run_sync(lambda c: {x["name"] for x in sa.inspect(c).get_check_constraints("deployments")})
+    await database.close()
+    assert checks == {"ck_deployments_status", "ck_deployments_strategy"}
+
+
+async def test_the_database_file_is_private(tmp_path: Path) -> None:
+    database = database_at(tmp_path)
+    await database.open()
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    await database.close()
+
+
+async def test_two_servers_may_start_at_once(tmp_path: Path) -> None:
+    databases = [database_at(tmp_path) for _ in range(4)]
+    await asyncio.gather(*(database.open() for database in databases))
+    for database in databases:
+        async with database.read() as tx:
+            assert await tx.run_sync(schema.current) == schema.HEAD
+        await database.close()
+
+
+async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    database = database_at(tmp_path)
+    await database.open()
+    async with database.write() as tx:
+        await tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(ConfigError, match="newer Aether"):
+        await database.open()
+    await database.close()
+
+
+async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
+    database = database_at(tmp_path)
+    await database.open()
+    await database.close()
+    script = (
+        "import asyncio, sys\n"
+        "from aether.stores.database.engine import Database\n"
+        "async def main():\n"
+        f"    database = Database('sqlite+aiosqlite:///{tmp_path}/aether.db')\n"
+        "    await database.open()\n"
+        "    await database.close()\n"
+        "asyncio.run(main())\n"
+        "sys.exit('alembic' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
