@@ -78,7 +78,7 @@ def main() -> int:
     (cache / "deps").mkdir(exist_ok=True)
     (session_home / "aether" / "deps").symlink_to(cache / "deps")
     env["XDG_CACHE_HOME"] = str(session_home)
-    env["npm_config_cache"] = os.environ.get("npm_config_cache") or str(Path.home() / ".npm")
+    env["NPM_CONFIG_CACHE"] = os.environ.get("NPM_CONFIG_CACHE") or str(Path.home() / ".npm")
 
     print(f"$ aether up --port {port}", flush=True)
     server = subprocess.Popen(
