@@ -113,7 +113,7 @@ def upgrade() -> None:
         sa.Column("env", sa.Text(), server_default="{}", nullable=False),
         sa.Column("health", sa.Text(), server_default="{}", nullable=False),
         sa.Column("timeout_secs", sa.Float(), nullable=False),
-        sa.Column("description", sa.String(length=300), server_default="", nullable=False),
+        sa.Column("description", sa.String(length=300), server_default=sa.text("''"), nullable=False),
         sa.Column("rollback_of", sa.String(length=36), nullable=True),
         sa.Column("idempotency_key", sa.String(length=200), nullable=True),
         sa.Column("created_by", sa.String(length=200), nullable=False),
