@@ -1,8 +1,8 @@
 """Phases of a warm `aether deploy` (unchanged project, then a one-file edit) and the memory of an idle `aether up`.
 
-The peer measured in the same run is the least that any deploy must do with the same bytes: `tar c | gzip -1`, one
-upload of the file over loopback is left out in the peer's favour, and `npm start` until it answers. Prints medians and
-the ratio of the whole deploy to that floor; writes bench/out/deploy.json.
+The peer measured in the same run is the least that any deploy must do with the same bytes: `tar c | gzip -1` and
+`npm start` until it answers (an upload is left out in the peer's favour). Prints medians and the ratio of the whole
+deploy to that floor; writes bench/out/deploy.json.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def test_config_makes_a_release_and_rollback_restores_it(up: Product, tmp_path: 
 def test_logs_of_the_past_and_followed(up: Product, tmp_path: Path) -> None:
     code = """
     let n = 0;
-    require('http').createServer((q, r) => { console.log('request ' + ++n); console.error('\\x1b[31mred'); r.end('ok'); })
+    require('http').createServer((q, r) => { console.log('request ' + ++n);
+      console.error('\\x1b[31mred'); r.end('ok'); })
       .listen(process.env.PORT, () => console.log('ready'));
     """
     up.deploy(node_app(tmp_path / "talker", code))
