@@ -1,0 +1,47 @@
+"""The edge's own answers: error envelopes `{"code", "message", "trace_id"}` as complete HTTP responses; pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+_REASONS: Final[dict[int, tuple[str, str]]] = {
+    400: ("Bad Request", "bad_request"),
+    404: ("Not Found", "not_found"),
+    408: ("Request Timeout", "bad_request"),
+    413: ("Content Too Large", "payload_too_large"),
+    431: ("Request Header Fields Too Large", "bad_request"),
+    502: ("Bad Gateway", "bad_gateway"),
+    503: ("Service Unavailable", "service_unavailable"),
+    504: ("Gateway Timeout", "gateway_timeout"),
+}
+
+
+def error_response(
+    status: int,
+    message: str,
+    request_id: bytes,
+    trace_id: bytes,
+    *,
+    close: bool,
+    bodyless: bool = False,
+    old: bool = False,
+) -> bytes:
+    """A complete answer. `bodyless` for HEAD; `old` for an HTTP/1.0 client that asked to stay connected."""
+    reason, code = _REASONS[status]
+    body = json.dumps({"code": code, "message": message, "trace_id": trace_id.decode("ascii")}).encode()
+    fields = [
+        f"HTTP/1.1 {status} {reason}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        f"X-Request-Id: {request_id.decode('ascii')}",
+        "Cache-Control: no-store",
+    ]
+    if status == 503:
+        fields.append("Retry-After: 1")
+    if close:
+        fields.append("Connection: close")
+    elif old:
+        fields.append("Connection: keep-alive")
+    head = ("\r\n".join(fields) + "\r\n\r\n").encode("ascii")
+    return head if bodyless else head + body

@@ -1,0 +1,475 @@
+"""One request and its answer: routing, sending it upstream (again if that is safe), relaying the answer, the record.
+
+A client connection has one exchange and uses it for its requests one after the other. Reading the request is the
+business of `downstream`, framing the answer that of `upstream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import getrandbits
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from aether.edge.body import LAST_CHUNK, encode_chunk
+from aether.edge.errors import error_response
+from aether.edge.head import NO_BODY, RequestHead, ResponseHead
+from aether.edge.headers import (
+    client_response,
+    interim_response,
+    new_traceparent,
+    switching_response,
+    trace_id,
+    upstream_request,
+)
+from aether.edge.options import RequestRecord
+from aether.edge.pool import EdgeBackend
+from aether.edge.table import Route
+from aether.edge.tunnel import Tunnel
+from aether.edge.upstream import UpstreamConnection
+
+if TYPE_CHECKING:
+    from aether.edge.downstream import ClientConnection
+
+_IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))
+_MAX_REPLAYS: Final = 2
+_NO_HEAD: Final = RequestHead()
+
+
+class Exchange:
+    """States: unused → begun (dialling or sent) → answering → unused; `active` from begin to done."""
+
+    __slots__ = (
+        "_answer_length",
+        "_backend",
+        "_bytes_in",
+        "_bytes_out",
+        "_encode",
+        "_head",
+        "_held",
+        "_keep_alive",
+        "_pool_secs",
+        "_replay",
+        "_replays",
+        "_request_id",
+        "_route",
+        "_sent_at",
+        "_started_at",
+        "_task",
+        "_trace",
+        "_tunnel",
+        "_upstream",
+        "_upstream_secs",
+        "active",
+        "answering",
+        "client",
+        "is_head",
+        "pool_size",
+        "seen",
+        "status",
+        "upload_done",
+    )
+
+    def __init__(self, client: ClientConnection) -> None:
+        self.client = client
+        self.active = False
+        self.answering = False
+        """The head of the answer has been sent."""
+        self.upload_done = True
+        self.is_head = False
+        self.status = 0
+        self.seen = 0.0
+        """Loop time of the last sign of life of either side."""
+        self.pool_size = client.edge.options.pool_size
+        self._pool_secs = client.edge.options.pool_idle_secs
+        self._head = _NO_HEAD
+        self._route: Route | None = None
+        self._backend: EdgeBackend | None = None
+        self._upstream: UpstreamConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._tunnel: Tunnel | None = None
+        self._replay: bytes | None = None
+        self._replays = 0
+        self._held: list[bytes] = []
+        self._encode = False
+        self._keep_alive = True
+        self._bytes_in = self._bytes_out = 0
+        self._started_at = self._sent_at = self._upstream_secs = 0.0
+        self._request_id = self._trace = b""
+        self._answer_length = NO_BODY
+
+    # ---- the request
+
+    def begin(self, head: RequestHead, body: bytes, *, complete: bool) -> None:
+        """Take a request; `body` is the payload that came with the head, `complete` when that was all of it."""
+        edge = self.client.edge
+        self._head = head
+        self.active = True
+        self.answering = False
+        self.status = 0
+        self.upload_done = complete
+        self._keep_alive = head.keep_alive
+        self._started_at = monotonic()
+        self._sent_at = self._upstream_secs = 0.0
+        self._bytes_in = len(body)
+        self._bytes_out = self._replays = 0
+        self.is_head = head.method == b"HEAD"
+        self._trace = trace = head.traceparent or new_traceparent(getrandbits(192))
+        self._request_id = request_id = head.request_id or trace_id(trace)
+        edge.counters.requests += 1
+        self._route = route = edge.table.find(head.host)
+        if route is None:
+            self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
+            return
+        limit = edge.options.max_body_bytes
+        if limit and route.app is not None and (head.content_length > limit or len(body) > limit):
+            self.fail(413, f"the request body is larger than the limit of {limit} bytes")
+            return
+        data = upstream_request(head, self.client.forwarded, request_id, trace)
+        if body or head.chunked:
+            data += self._coded(body, complete)
+        self._replay = data if complete and head.method in _IDEMPOTENT else None
+        self._attempt(data)
+
+    def upload(self, payload: bytes, *, complete: bool) -> None:
+        """More of the request's body."""
+        self._bytes_in += len(payload)
+        limit = self.client.edge.options.max_body_bytes
+        if limit and self._bytes_in > limit and self._route is not None and self._route.app is not None:
+            self.fail(413, f"the request body is larger than the limit of {limit} bytes")
+            return
+        data = self._coded(payload, complete)
+        upstream = self._upstream
+        if upstream is None:
+            if self._task is not None:
+                self._held.append(data)
+        elif not upstream.closed and data:
+            upstream.transport.write(data)
+        self.upload_done = complete
+
+    @property
+    def upload_blocked(self) -> bool:
+        """The client should not be read further: nobody takes the bytes yet."""
+        upstream = self._upstream
+        if upstream is None:
+            return self._task is not None and not self.upload_done
+        return upstream.write_paused
+
+    def _coded(self, payload: bytes, complete: bool) -> bytes:
+        if not self._head.chunked:
+            return payload
+        data = encode_chunk(payload) if payload else b""
+        return data + LAST_CHUNK if complete else data
+
+    def _attempt(self, data: bytes) -> None:
+        """Send on a pooled connection of the chosen backend, or dial one."""
+        route = self._route
+        backend = None if route is None else route.pick()
+        if backend is None:
+            self.fail(503, "the app has no running instance; it may be starting")
+            return
+        backend.in_flight += 1
+        self._backend = backend
+        upstream = backend.take(self.client.clock())
+        while upstream is not None and self._replay is None and upstream.gone():
+            upstream.close()
+            upstream = backend.take(self.client.clock())
+        if upstream is None:
+            self._held = [data]
+            self._task = self.client.edge.own_task(self._dial(backend), self)
+        else:
+            self._send(upstream, data)
+
+    def _send(self, upstream: UpstreamConnection, data: bytes) -> None:
+        self._upstream = upstream
+        self._sent_at = monotonic()
+        upstream.begin(self, data)
+
+    async def _dial(self, backend: EdgeBackend) -> None:
+        """Connect to `backend`, or while that fails to another one: nothing has been sent yet."""
+        edge = self.client.edge
+        tried: set[EdgeBackend] = set()
+        while True:
+            try:
+                async with asyncio.timeout(edge.options.connect_timeout_secs):
+                    edge.counters.dials += 1
+                    upstream = await backend.open()
+                break
+            except (OSError, TimeoutError) as error:
+                edge.counters.dial_failures += 1
+                tried.add(backend)
+                self._leave_backend()
+                other = None if self._route is None else self._route.pick(tried)
+                if other is None:
+                    self._task = None
+                    self._cannot_dial(error)
+                    return
+                backend = other
+                backend.in_flight += 1
+                self._backend = backend
+        self._task = None
+        self.seen = self.client.clock()
+        held, self._held = self._held, []
+        self._send(upstream, b"".join(held))
+        self.client.update_reading()
+
+    def _cannot_dial(self, error: OSError | TimeoutError) -> None:
+        if isinstance(error, TimeoutError):
+            self.fail(504, "no instance of the app accepted a connection in time")
+        elif self._route is not None and not self._route.backends:
+            self.fail(503, "the app has no running instance; it may be starting")
+        else:
+            self.fail(502, "no instance of the app accepts connections")
+
+    def dial_crashed(self) -> None:
+        """A driver raised something that `dial` does not promise."""
+        self._task = None
+        if self.active:
+            self.fail(502, "the app's instance cannot be reached")
+
+    # ---- the answer
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx head other than 101."""
+        self.seen = self.client.clock()
+        if self._head.minor and (head.status != 100 or self._head.expect_continue):
+            self.client.transport.write(interim_response(head))
+
+    def answer(self, head: ResponseHead, body: bytes, *, ended: bool) -> None:
+        """The final head and the payload that came with it."""
+        client = self.client
+        request = self._head
+        self.seen = client.clock()
+        self._upstream_secs = monotonic() - self._sent_at
+        self.answering = True
+        self.status = status = head.status
+        self._bytes_out = len(body)
+        self._encode = False
+        if client.edge.closing or (ended and not self.upload_done) or request.upgrade:
+            self._keep_alive = False
+        length = head.content_length
+        if status == 204:
+            framing = b""
+        elif length != NO_BODY:
+            framing = b"Content-Length: %d\r\n" % length
+        elif self.is_head or status == 304:
+            framing = b""
+        elif request.minor:
+            self._encode = True
+            framing = b"Transfer-Encoding: chunked\r\n"
+        else:
+            self._keep_alive = False
+            framing = b""
+        self._answer_length = length if not self._encode else 0
+        if not self._keep_alive:
+            framing += b"Connection: close\r\n"
+        elif not request.minor:
+            framing += b"Connection: keep-alive\r\n"
+        data = client_response(head, self._request_id, framing)
+        if self._encode:
+            if body:
+                data += encode_chunk(body)
+            if ended:
+                data += LAST_CHUNK
+        elif body:
+            data += body
+        client.transport.write(data)
+        if ended:
+            self._done()
+        elif client.write_paused and self._upstream is not None:
+            self._upstream.pause_reading()
+
+    def answer_body(self, payload: bytes, *, ended: bool) -> None:
+        client = self.client
+        self.seen = client.clock()
+        self._bytes_out += len(payload)
+        if self._encode:
+            data = encode_chunk(payload) if payload else b""
+            if ended:
+                data += LAST_CHUNK
+        else:
+            data = payload
+        if data:
+            client.transport.write(data)
+        if ended:
+            self._done()
+
+    def keep_upstream_secs(self, promised: int) -> None:
+        """The upstream closes idle connections after `promised` seconds; leave well before."""
+        self._pool_secs = min(self.client.edge.options.pool_idle_secs, promised * 0.8)
+
+    def pool_until(self) -> float:
+        return self.client.clock() + self._pool_secs
+
+    def client_writable(self, writable: bool) -> None:
+        """The client's send buffer has filled or emptied."""
+        if self._upstream is not None and self.active:
+            if writable:
+                self._upstream.resume_reading()
+            else:
+                self._upstream.pause_reading()
+
+    def switch(self, upstream: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
+        """101: from now on bytes both ways."""
+        client = self.client
+        if not self._head.upgrade or not head.upgrade:
+            upstream.abort()
+            self.fail(502, "the app switched protocols without being asked")
+            return
+        self.status = 101
+        self.answering = True
+        self._upstream_secs = monotonic() - self._sent_at
+        client.edge.counters.tunnels += 1
+        upstream.release_to_tunnel()
+        self._upstream = None
+        client.transport.write(switching_response(head, self._request_id) + rest)
+        if early := client.take_pending():
+            upstream.transport.write(early)
+        self._tunnel = Tunnel(client.transport, upstream.transport, client.clock, self._tunnel_ended)
+
+    def _tunnel_ended(self, tunnel: Tunnel) -> None:
+        self._bytes_in, self._bytes_out = tunnel.bytes_in, tunnel.bytes_out
+        self._tunnel = None
+        self._settle()
+        self.client.forget()
+
+    # ---- ends
+
+    def upstream_lost(self, upstream: UpstreamConnection) -> None:
+        """The connection closed before the answer was complete."""
+        if self.answering:
+            self._cut_off()
+        elif upstream.reused and not upstream.heard and self._replay is not None and self._replays < _MAX_REPLAYS:
+            self._replays += 1
+            self.client.edge.counters.retries += 1
+            self._upstream = None
+            self._leave_backend()
+            self._attempt(self._replay)
+        else:
+            self._upstream = None
+            self.fail(502, "the app closed the connection without an answer")
+
+    def upstream_broke(self, upstream: UpstreamConnection, message: str) -> None:
+        """The answer cannot be understood; the connection is already gone."""
+        del upstream
+        self._upstream = None
+        if self.answering:
+            self._cut_off()
+        else:
+            self.fail(502, message)
+
+    def fail(self, status: int, message: str) -> None:
+        """End the request with an answer of the edge's own, or cut it off when an answer has begun."""
+        if self.answering:
+            self._cut_off()
+            return
+        self._drop_upstream()
+        client = self.client
+        if not self.upload_done or client.edge.closing or self._head.upgrade:
+            self._keep_alive = False
+        self.status = status
+        errors = client.edge.counters.errors
+        errors[status] = errors.get(status, 0) + 1
+        client.transport.write(
+            error_response(
+                status,
+                message,
+                self._request_id,
+                trace_id(self._trace),
+                close=not self._keep_alive,
+                bodyless=self.is_head,
+                old=not self._head.minor,
+            )
+        )
+        self._done()
+
+    def client_gone(self) -> None:
+        """The client has left; the upstream is told by a closed connection."""
+        if self.active:
+            self._drop_upstream()
+            if not self.answering:
+                self.status = 499
+            self._settle(aborted=True)
+
+    def abort(self) -> None:
+        """Stop at once, tunnels too; the client connection is dropped by the caller."""
+        if self._tunnel is not None:
+            self._tunnel.abort()
+        else:
+            self.client_gone()
+
+    def check(self, now: float) -> bool:
+        """Look at the clocks (loop time); False when the client connection must be dropped."""
+        options = self.client.edge.options
+        if self._tunnel is not None:
+            if now - self._tunnel.seen > options.tunnel_idle_secs:
+                self._tunnel.abort()
+            return True
+        if self._task is not None:
+            return True
+        silence = now - self.seen
+        if self.client.write_paused:
+            return silence <= options.idle_timeout_secs
+        if self.answering:
+            if silence > options.stream_idle_secs:
+                self._cut_off()
+        elif not self.upload_done and not self.upload_blocked:
+            if silence > options.idle_timeout_secs:
+                self.fail(408, "the request body did not come in time")
+        elif silence > options.upstream_timeout_secs:
+            self.fail(504, "the app did not answer in time")
+        return True
+
+    def _cut_off(self) -> None:
+        """Let the client notice that the answer is not whole: never a clean end."""
+        self._drop_upstream()
+        # an answer that ends with the connection can only be seen as cut when the connection is reset
+        reset = not self._encode and self._answer_length == NO_BODY
+        self._settle(aborted=True)
+        self.client.cut_off(reset=reset)
+
+    def _drop_upstream(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+
+    def _leave_backend(self) -> None:
+        if self._backend is not None:
+            self._backend.leave()
+            self._backend = None
+
+    def _done(self) -> None:
+        """The answer is complete."""
+        keep_alive = self._keep_alive and self.upload_done
+        self._settle()
+        self.client.exchange_done(keep_alive=keep_alive)
+
+    def _settle(self, *, aborted: bool = False) -> None:
+        """Count out and give the record."""
+        self.active = False
+        self._upstream = None
+        self._replay = None
+        backend = self._backend
+        if backend is not None:
+            self._backend = None
+            backend.leave()
+        edge = self.client.edge
+        if aborted:
+            edge.counters.aborted += 1
+        if edge.on_record is not None:
+            edge.on_record(
+                RequestRecord(
+                    self._route.app if self._route is not None else None,
+                    self._head.method.decode("ascii"),
+                    self.status,
+                    monotonic() - self._started_at,
+                    self._upstream_secs,
+                    self._bytes_in,
+                    self._bytes_out,
+                    self._request_id.decode("ascii"),
+                    aborted,
+                )
+            )

@@ -1,0 +1,71 @@
+"""The heads the edge writes: to an upstream, and back to the client; pure.
+
+`head` has already taken out hop-by-hop fields and the fields that only the edge may set; here they are set.
+"""
+
+from __future__ import annotations
+
+from aether.edge.head import NO_BODY, RequestHead, ResponseHead
+
+
+def new_traceparent(bits: int) -> bytes:
+    """A W3C `traceparent` from 192 random bits: 128 name the trace, 64 the span."""
+    return b"00-%032x-%016x-01" % (bits >> 64 or 1, bits & 0xFFFFFFFFFFFFFFFF or 1)
+
+
+def trace_id(traceparent: bytes) -> bytes:
+    """The 32 hex characters of the trace."""
+    return traceparent[3:35]
+
+
+def forwarded_prefix(peer: str, scheme: bytes) -> bytes:
+    """The fields that are the same for every request of a client connection."""
+    return b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: " % (peer.encode("ascii"), scheme)
+
+
+def upstream_request(head: RequestHead, forwarded: bytes, request_id: bytes, traceparent: bytes) -> bytes:
+    """The whole request head to send; `forwarded` comes from `forwarded_prefix`."""
+    host = head.host
+    lines = head.lines
+    if head.chunked:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif head.content_length != NO_BODY:
+        lines.append(b"Content-Length: %d" % head.content_length)
+    if head.expect_continue and head.minor:
+        lines.append(b"Expect: 100-continue")
+    if head.upgrade:
+        lines.append(b"Connection: Upgrade\r\nUpgrade: " + head.upgrade)
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b%b\r\nX-Request-Id: %b\r\ntraceparent: %b\r\n\r\n" % (
+        head.method,
+        head.target,
+        host,
+        b"\r\n".join(lines),
+        b"\r\n" if lines else b"",
+        forwarded,
+        host,
+        request_id,
+        traceparent,
+    )
+
+
+def client_response(head: ResponseHead, request_id: bytes, framing: bytes) -> bytes:
+    """The whole response head to send; `framing` holds complete lines (length or coding, Connection)."""
+    lines = head.lines
+    return b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-Id: %b\r\n\r\n" % (
+        head.status,
+        head.reason,
+        b"\r\n".join(lines),
+        b"\r\n" if lines else b"",
+        framing,
+        request_id,
+    )
+
+
+def interim_response(head: ResponseHead) -> bytes:
+    """A 1xx head to pass on (100, 102, 103)."""
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, b"".join(line + b"\r\n" for line in head.lines))
+
+
+def switching_response(head: ResponseHead, request_id: bytes) -> bytes:
+    """The 101 head; the tunnel follows it."""
+    return client_response(head, request_id, b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)

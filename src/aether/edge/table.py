@@ -1,0 +1,150 @@
+"""The routing table: from a Host to an app's backends or the API, and the choice among backends.
+
+Implements `Router` of the apps' ports. It decides and holds; it neither reads nor writes a byte of traffic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from random import getrandbits
+
+from aether.apps.ports import Backend, Instance
+from aether.edge.pool import EdgeBackend
+
+_CACHE_SIZE = 4096
+
+
+class Route:
+    """Where the requests of one app (or of the API, `app` None) go."""
+
+    __slots__ = ("app", "backends")
+
+    def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
+        self.app = app
+        self.backends = backends
+
+    def pick(self, but: Collection[EdgeBackend] = ()) -> EdgeBackend | None:
+        """The less loaded of two random backends (power of two choices, Mitzenmacher 2001) outside `but`."""
+        backends: Sequence[EdgeBackend] = self.backends
+        if but:
+            backends = [backend for backend in backends if backend not in but]
+        count = len(backends)
+        if count == 1:
+            return backends[0]
+        if not count:
+            return None
+        bits = getrandbits(32)
+        first = (bits & 0xFFFF) % count
+        second = (first + 1 + (bits >> 16) % (count - 1)) % count
+        one, two = backends[first], backends[second]
+        return one if one.in_flight <= two.in_flight else two
+
+
+class RouteTable:
+    """Hosts and routes. `base_domain` is what follows an app's name in its host."""
+
+    def __init__(self, base_domain: str = "localhost") -> None:
+        self._suffix = "." + base_domain.lower().strip(".")
+        self._apps: dict[str, Route] = {}
+        self._api: Route | None = None
+        self._api_hosts: frozenset[str] = frozenset()
+        self._found: dict[bytes, Route] = {}
+
+    def add(self, app: str, instance: Instance) -> EdgeBackend:
+        """Make a backend that gets no requests yet."""
+        return EdgeBackend(f"{app}/{instance.spec.instance_id}", instance.dial, self._withdraw)
+
+    def route(self, app: str, backends: Sequence[Backend]) -> None:
+        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503."""
+        chosen = tuple(backend for backend in backends if isinstance(backend, EdgeBackend))
+        if len(chosen) != len(backends):
+            raise TypeError("a backend must come from this table's add()")
+        for backend in chosen:
+            backend.retired = False
+        route = self._apps.get(app)
+        if route is None:
+            self._apps[app] = Route(app, chosen)
+            return
+        before, route.backends = route.backends, chosen
+        for backend in before:
+            if backend not in chosen:
+                backend.retire()
+
+    def drop(self, app: str) -> None:
+        """Forget the app: its host answers 404."""
+        route = self._apps.pop(app, None)
+        self._found.clear()
+        if route is not None:
+            before, route.backends = route.backends, ()
+            for backend in before:
+                backend.retire()
+
+    def set_api(self, hosts: Iterable[str], socket_path: Path | str) -> None:
+        """Requests for these host names (ports are ignored) go to the API on this unix socket."""
+
+        async def dial() -> socket.socket:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(sock, str(socket_path))
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+        old = self._api
+        self._api_hosts = frozenset(_plain(host) for host in hosts)
+        self._api = Route(None, (EdgeBackend("api", dial, self._withdraw),))
+        self._found.clear()
+        if old is not None:
+            for backend in old.backends:
+                backend.retire()
+
+    def find(self, host: bytes) -> Route | None:
+        """The route for a Host field that `head` has found well-formed."""
+        route = self._found.get(host)
+        if route is not None:
+            return route
+        name = _plain(host.decode("ascii"))
+        if name in self._api_hosts:
+            route = self._api
+        elif name.endswith(self._suffix):
+            route = self._apps.get(name[: -len(self._suffix)])
+        if route is not None:
+            if len(self._found) >= _CACHE_SIZE:
+                self._found.clear()
+            self._found[host] = route
+        return route
+
+    def prune(self, now: float) -> None:
+        """Close upstream connections that were unused for too long."""
+        for backend in self._backends():
+            backend.prune(now)
+
+    def close_idle(self) -> None:
+        """Close every unused upstream connection."""
+        for backend in self._backends():
+            backend.close_idle()
+
+    def _backends(self) -> list[EdgeBackend]:
+        routes = [*self._apps.values(), *([self._api] if self._api is not None else [])]
+        return [backend for route in routes for backend in route.backends]
+
+    def _withdraw(self, backend: EdgeBackend) -> None:
+        for route in self._apps.values():
+            if backend in route.backends:
+                route.backends = tuple(b for b in route.backends if b is not backend)
+
+
+def _plain(host: str) -> str:
+    """Lower case, without port, brackets' port and trailing dot: `App.Localhost.:80` → `app.localhost`."""
+    name = host.lower()
+    if name.startswith("["):
+        return name[: name.find("]") + 1]
+    if name.count(":") > 1:
+        return f"[{name}]"
+    name = name.partition(":")[0]
+    return name[:-1] if name.endswith(".") else name
