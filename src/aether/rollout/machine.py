@@ -5,7 +5,9 @@ can be taken up from its recorded state by any server. Applying the actions, the
 to the caller. A strategy is one function in `_STRATEGIES` that says how a release goes from nothing to promoted.
 
 The one commit point is `Promote`: before it the old release serves (or, with recreate, is brought back), after it
-the new one is the app's release and `Route` may be repeated without harm.
+the new one is the app's release and `Route` may be repeated without harm. A cancellation is a change of status that
+somebody else wrote (promotion and cancellation compare and set the same field, so one of them loses); here it is
+seen as the status it left.
 """
 
 from __future__ import annotations
@@ -72,7 +74,6 @@ class RolloutView:
     new: tuple[InstanceView, ...] = ()
     old_held: bool = False
     """The old release is kept from being restarted (recreate)."""
-    cancel_requested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Promote:
-    """rolling_out → active in one transaction with the app's pointer and the old release's end."""
+    """rolling_out → active in one transaction with the app's pointer and the old release's end; ends HoldOld."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,7 @@ class Fail:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    pass
-
-
-Action = Verify | Begin | Start | Promote | Route | HoldOld | RestoreOld | Drain | Stop | Fail | Cancel
+Action = Verify | Begin | Start | Promote | Route | HoldOld | RestoreOld | Drain | Stop | Fail
 
 INTERRUPTED = Reason("rollout_interrupted", "the rollout was interrupted and cannot go on")
 
@@ -149,7 +145,7 @@ def decide(view: RolloutView, now: float) -> Sequence[Action]:
         case DeploymentStatus.VERIFYING:
             return _ended_early(view, now) or _verifying(view)
         case DeploymentStatus.ROLLING_OUT:
-            return _ended_early(view, now) or _STRATEGIES[view.strategy](view)
+            return _ended_early(view, now) or _rolling_out(view)
         case DeploymentStatus.ROLLING_BACK:
             return (Fail(INTERRUPTED),)
         case DeploymentStatus.ACTIVE:
@@ -163,7 +159,7 @@ def finished(view: RolloutView) -> bool:
     if view.status not in SETTLED:
         return False
     if view.status is DeploymentStatus.ACTIVE:
-        return not _live(view.old) and not view.old_held
+        return not _live(view.old)
     return not _live(view.new) and not view.old_held
 
 
@@ -175,8 +171,6 @@ def wakes_at(view: RolloutView) -> float | None:
 
 
 def _ended_early(view: RolloutView, now: float) -> Sequence[Action]:
-    if view.cancel_requested:
-        return (Cancel(),)
     if now >= view.deadline:
         return (Fail(_why_late(view)),)
     return ()
@@ -199,6 +193,16 @@ def _verifying(view: RolloutView) -> Sequence[Action]:
             return (Fail(view.artifact_reason or INTERRUPTED),)
         case ArtifactState.ABSENT:
             return ()
+
+
+def _rolling_out(view: RolloutView) -> Sequence[Action]:
+    match view.artifact:
+        case ArtifactState.READY:
+            return _STRATEGIES[view.strategy](view)
+        case ArtifactState.FAILED:
+            return (Fail(view.artifact_reason or INTERRUPTED),)
+        case ArtifactState.ABSENT:
+            return ()  # taken up again after a restart: the folder is being looked at
 
 
 def _rolling(view: RolloutView) -> Sequence[Action]:
@@ -234,10 +238,7 @@ def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
         return (Route(ready),)
     if not routed and now < view.deadline:
         return ()  # the release's supervisor is bringing it back; the old instances serve until then
-    actions = list(_retire(view.old))
-    if view.old_held and not _live(view.old):
-        actions.append(RestoreOld())
-    return actions
+    return _retire(view.old)
 
 
 def _abandoned(view: RolloutView) -> Sequence[Action]:

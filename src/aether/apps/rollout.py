@@ -1,0 +1,261 @@
+"""Carries one rollout out: shows the state machine what is there, applies what it decides, until nothing is left.
+
+What to do is decided in `aether.rollout.machine`; what is recorded and whether it may be is the ledger's. The long
+steps (unpacking, draining, stopping) run beside the loop and wake it when they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from aether.apps.ledger import Claim, Ledger, LostRollout, deadline_us
+from aether.apps.records import DeploymentError, DeploymentRow
+from aether.apps.replica import Launch, Replica
+from aether.apps.runner import Group, Runner
+from aether.model.deployment import SETTLED, DeploymentStatus
+from aether.model.errors import AetherError, ServiceUnavailable
+from aether.model.times import now_us
+from aether.rollout.machine import (
+    Action,
+    ArtifactState,
+    Begin,
+    Drain,
+    Fail,
+    HoldOld,
+    Promote,
+    Reason,
+    RestoreOld,
+    RolloutView,
+    Route,
+    Start,
+    Stop,
+    Strategy,
+    Verify,
+    decide,
+    finished,
+    wakes_at,
+)
+
+LOG_TAIL_LINES = 50
+_NEVER_SERVED_GRACE_SECS = 2.0
+_DATABASE_PAUSE_SECS = 0.5
+_log = structlog.stdlib.get_logger("aether.rollout")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutOptions:
+    """Durations in seconds."""
+
+    drain_timeout_secs: float
+    stop_grace_secs: float
+    log_tail: Callable[[str, str, int], Awaitable[list[str]]]
+    """(instance id, app, lines) → the app's newest lines."""
+    prepare: Callable[[DeploymentRow], Awaitable[Launch]]
+    """Everything that instances of the deployment have in common; needs the unpacked artifact."""
+    runtime_warning: Callable[[str | None], str | None]
+    """What to tell about an artifact's runtime that this machine does not have exactly."""
+
+
+class Rollout:
+    """One deployment on its way. `released` is set once a later rollout of the app may begin."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        ledger: Ledger,
+        options: RolloutOptions,
+        claim: Claim,
+        row: DeploymentRow,
+        *,
+        adopt: Sequence[str] = (),
+        holds: bool = False,
+        after: Rollout | None = None,
+    ) -> None:
+        """`adopt` are instances that an earlier server started for this rollout; `holds` says that it had taken the
+        old release down; `after` is the app's rollout before this one."""
+        self._runner = runner
+        self._ledger = ledger
+        self._options = options
+        self._claim = claim
+        self.row = row
+        self._status = row.status
+        self._adopt = list(adopt)
+        self._held = holds
+        self._after = after
+        self._artifact = ArtifactState.ABSENT
+        self._artifact_reason: Reason | None = None
+        self._launch: Launch | None = None
+        self._old: Group | None = None
+        self._new: Group | None = None
+        self._deadline = asyncio.get_running_loop().time() + (deadline_us(row) - now_us()) / 1e6
+        self.released = asyncio.Event()
+        self._wake = runner.listen()
+
+    async def reread(self) -> None:
+        """Somebody else wrote the deployment's status: take it from the record.
+
+        A deployment that is gone with its app, or under way in somebody else's hands, ends here like a cancelled one.
+        """
+        recorded = await self._ledger.status_of(self.row.id)
+        if recorded is DeploymentStatus.ACTIVE:
+            if self._status is not DeploymentStatus.ACTIVE and self._new is not None:
+                self._take_over(self._new)
+        elif self._status is not DeploymentStatus.ACTIVE:
+            self._status = recorded if recorded in SETTLED else DeploymentStatus.CANCELLED
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Return when the rollout is settled and everything it had to take down is down."""
+        try:
+            if self._after is not None:
+                await self._after.released.wait()
+                self._after = None
+            self._old = self._runner.active
+            if self._status is not DeploymentStatus.PENDING:
+                self._prepare()
+            await self._loop()
+        finally:
+            self._runner.unlisten(self._wake)
+            self.released.set()
+        leftover = self._old if self._status is DeploymentStatus.ACTIVE else self._new
+        if leftover is not None:
+            self._runner.forget(leftover)
+
+    async def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            view = self._view()
+            actions = decide(view, asyncio.get_running_loop().time())
+            if actions:
+                await self._apply_all(actions)
+            elif finished(view):
+                return
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(wakes_at(view)):
+                        await self._wake.wait()
+
+    def _view(self) -> RolloutView:
+        routed = self._runner.routed
+        return RolloutView(
+            status=self._status,
+            strategy=Strategy(self.row.strategy),
+            deadline=self._deadline,
+            artifact=self._artifact,
+            artifact_reason=self._artifact_reason,
+            old=self._old.views(routed) if self._old is not None else (),
+            new=self._new.views(routed) if self._new is not None else (),
+            old_held=self._held,
+        )
+
+    async def _apply_all(self, actions: Sequence[Action]) -> None:
+        try:
+            for action in actions:
+                await self._apply(action)
+        except LostRollout:
+            await self.reread()
+        except ServiceUnavailable as error:
+            _log.warning("a rollout waits for the database", deployment=self.row.id, error=error.message)
+            await asyncio.sleep(_DATABASE_PAUSE_SECS)
+
+    async def _apply(self, action: Action) -> None:
+        match action:
+            case Verify():
+                await self._move(DeploymentStatus.VERIFYING, "checking and unpacking the artifact")
+                self._prepare()
+            case Begin():
+                warning = self._options.runtime_warning(self.row.runtime)
+                notes = [("warning", warning)] if warning else []
+                await self._move(DeploymentStatus.ROLLING_OUT, f"starting: {self.row.command}", notes=notes)
+            case Start(count):
+                for _ in range(count):
+                    self._start()
+            case Promote():
+                await self._promote()
+            case Route():
+                self._runner.changed()
+            case HoldOld():
+                self._held = True
+                self._runner.hold()
+            case RestoreOld():
+                self._held = False
+                self._runner.unhold()
+            case Drain(instances):
+                for replica in self._named(instances):
+                    self._beside(replica.drain(self._options.drain_timeout_secs))
+            case Stop(instances):
+                for replica in self._named(instances):
+                    served = replica.backend is not None
+                    grace = self._options.stop_grace_secs
+                    self._beside(replica.stop(grace if served else min(grace, _NEVER_SERVED_GRACE_SECS)))
+            case Fail(reason):
+                await self._fail(reason)
+
+    def _named(self, instances: Sequence[str]) -> list[Replica]:
+        return [
+            replica for group in (self._old, self._new) if group is not None for replica in group.named(instances)
+        ]
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        self._runner.tasks.start(work, f"rollout of {self._runner.app}")
+
+    async def _move(
+        self, after: DeploymentStatus, message: str, *, notes: Sequence[tuple[str, str]] = (),
+        error: DeploymentError | None = None,
+    ) -> None:  # fmt: skip
+        await self._ledger.move(self._claim, self._status, after, message, notes=notes, error=error)
+        self._status = after
+
+    def _prepare(self) -> None:
+        self._beside(self._find_launch())
+
+    async def _find_launch(self) -> None:
+        try:
+            self._launch = await self._options.prepare(self.row)
+            self._artifact = ArtifactState.READY
+        except AetherError as error:
+            self._artifact, self._artifact_reason = ArtifactState.FAILED, Reason(error.code, error.message)
+        except OSError as error:
+            self._artifact = ArtifactState.FAILED
+            self._artifact_reason = Reason("unpack_failed", f"the artifact could not be unpacked: {error}")
+        finally:
+            if self._artifact is ArtifactState.ABSENT:
+                self._artifact = ArtifactState.FAILED
+            self._wake.set()
+
+    def _start(self) -> None:
+        if self._launch is None:
+            raise RuntimeError("an instance cannot start before its artifact is there")
+        if self._new is None:
+            self._new = self._runner.make_group(self.row.id, self._launch)
+        self._new.add(adopt=self._adopt.pop() if self._adopt else None)
+
+    async def _promote(self) -> None:
+        if self._new is None:
+            raise RuntimeError("a rollout without instances cannot be promoted")
+        ids = [replica.instance_id for replica in self._new.replicas]
+        slowest = max(replica.gate_secs for replica in self._new.replicas)
+        note = (DeploymentStatus.ROLLING_OUT.value, f"healthy {slowest:.2f} s after the start")
+        await self._ledger.promote(self._claim, ids, [note])
+        self._take_over(self._new)
+
+    def _take_over(self, group: Group) -> None:
+        self._held = False
+        self._status = DeploymentStatus.ACTIVE
+        self._runner.promote(group)
+        self.released.set()
+
+    async def _fail(self, reason: Reason) -> None:
+        tail: list[str] = []
+        for replica in self._new.replicas if self._new is not None else ():
+            reason = await replica.explain() or reason
+            tail = await self._options.log_tail(replica.instance_id, self._runner.app, LOG_TAIL_LINES)
+            break
+        error = DeploymentError(reason.code, reason.message, tuple(tail))
+        await self._move(DeploymentStatus.FAILED, reason.message, error=error)

@@ -1,0 +1,153 @@
+"""Everything that runs for one app: the release that is kept up, the one it replaces, and the app's route.
+
+The runner owns the replicas; rollouts (`aether.apps.rollout`) tell it which release is the app's. Routing is a pure
+function of what is ready: the active release's instances, or, while none of them is, those of the release before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from aether.apps.ports import Backend
+from aether.apps.replica import Drivers, Launch, Replica
+from aether.apps.tasks import Tasks
+from aether.rollout.machine import InstanceView, Observed
+
+
+class Group:
+    """The replicas of one release."""
+
+    def __init__(self, deployment_id: str, launch: Launch, drivers: Drivers, changed: Callable[[], None]) -> None:
+        self.deployment_id = deployment_id
+        self.launch = launch
+        self.replicas: list[Replica] = []
+        self._drivers = drivers
+        self._changed = changed
+
+    def add(self, *, adopt: str | None = None, was_ready: bool = False, keep: bool = False) -> Replica:
+        replica = Replica(self._drivers, self.launch, self._changed, adopt=adopt, was_ready=was_ready)
+        replica.keep = keep
+        self.replicas.append(replica)
+        replica.run()
+        return replica
+
+    def keep_up(self) -> None:
+        """From now on an instance that ends is replaced, also one that has ended already."""
+        for replica in self.replicas:
+            replica.keep = True
+            replica.run()
+
+    def release(self) -> None:
+        for replica in self.replicas:
+            replica.release()
+
+    def named(self, replica_ids: Sequence[str]) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.instance_id in replica_ids]
+
+    def serving(self) -> list[Backend]:
+        return [r.backend for r in self.replicas if r.observed is Observed.READY and r.backend is not None]
+
+    def views(self, routed: Sequence[Backend]) -> tuple[InstanceView, ...]:
+        return tuple(
+            InstanceView(
+                id=replica.instance_id,
+                observed=replica.observed,
+                routed=replica.backend is not None and replica.backend in routed,
+                reason=replica.reason,
+            )
+            for replica in self.replicas
+        )
+
+    async def stop(self, grace_secs: float) -> None:
+        await asyncio.gather(*(replica.stop(grace_secs) for replica in self.replicas))
+
+    async def abandon(self) -> None:
+        await asyncio.gather(*(replica.abandon() for replica in self.replicas))
+
+
+class Runner:
+    """One app while it is in this server's care."""
+
+    def __init__(self, app_id: str, app: str, drivers: Drivers, tasks: Tasks) -> None:
+        self.app_id = app_id
+        self.app = app
+        self.drivers = drivers
+        self.tasks = tasks
+        self.active: Group | None = None
+        self.fallback: Group | None = None
+        """The release before the active one, until its last instance is gone."""
+        self.held = False
+        """True while a rollout keeps the active release down."""
+        self.groups: list[Group] = []
+        """Every group that may have an instance."""
+        self.routed: list[Backend] = []
+        self._listeners: list[asyncio.Event] = []
+        drivers.router.route(app, [])
+
+    def make_group(self, deployment_id: str, launch: Launch) -> Group:
+        group = Group(deployment_id, launch, self.drivers, self.changed)
+        self.groups.append(group)
+        return group
+
+    def forget(self, group: Group) -> None:
+        if group in self.groups:
+            self.groups.remove(group)
+        if self.fallback is group:
+            self.fallback = None
+
+    def promote(self, group: Group) -> None:
+        """Make `group` the app's release; the one before it is no longer restarted and serves only until then."""
+        before = self.active
+        if before is not None and before is not group:
+            before.release()
+            self.fallback = before
+        self.active = group
+        self.held = False
+        group.keep_up()
+        self.changed()
+
+    def hold(self) -> None:
+        self.held = True
+        if self.active is not None:
+            self.active.release()
+
+    def unhold(self) -> None:
+        self.held = False
+        if self.active is not None:
+            self.active.keep_up()
+
+    def changed(self) -> None:
+        """Route to what is ready now and wake whoever waits for a change."""
+        serving: list[Backend] = []
+        for group in (self.active, self.fallback):
+            serving = serving or (group.serving() if group is not None else [])
+        if serving != self.routed:
+            self.routed = serving
+            self.drivers.router.route(self.app, serving)
+        for listener in self._listeners:
+            listener.set()
+
+    def listen(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._listeners.append(event)
+        return event
+
+    def unlisten(self, event: asyncio.Event) -> None:
+        self._listeners.remove(event)
+
+    async def until_serving(self) -> None:
+        """Return once a backend is routed, or at once if nothing is meant to serve."""
+        event = self.listen()
+        try:
+            while self.active is not None and not self.held and not self.routed:
+                event.clear()
+                await event.wait()
+        finally:
+            self.unlisten(event)
+
+    async def stop(self, grace_secs: float) -> None:
+        """End every instance of the app."""
+        self.drivers.router.route(self.app, [])
+        self.routed = []
+        await asyncio.gather(*(group.stop(grace_secs) for group in self.groups))
