@@ -1,1 +1,1 @@
-"""The HTTP interface of the control plane."""
+"""The HTTP API: routes, the callers' rights, errors as an envelope, and the description of it all."""

@@ -1,1 +1,1 @@
-"""Logging, metrics and tracing."""
+"""What operators see: logs, metrics and trace ids."""

@@ -1,0 +1,78 @@
+"""Build the API.
+
+To add routes for a noun:
+
+1. write `routers/<noun>.py` with handlers (`@get`, `@post`, ... of Litestar) that each declare a role with
+   `opt=READER | DEPLOYER | ADMIN | PUBLIC` (aether.api.auth) and take what they need by name:
+   `services: Deps`, `caller: Caller` (both from aether.api.services);
+2. end the module with `HANDLERS = [...]` and add it to `_handlers()` below;
+3. add the capability it calls to `Services`;
+4. path and query parameters are `FromPath[T]`, `FromQuery[T]`, `FromHeader` and a body is `data: JSONBody[T]` (litestar.params); bodies and answers are msgspec Structs; failures are raised as `aether.model.errors`; lists answer
+   `paging.Page` and take `limit: Limit = 50, cursor: Cursor = None`.
+
+Handler modules must not put names used in handler signatures under TYPE_CHECKING: Litestar reads them.
+Streams that may last (logs, events) watch `services.shutdown`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from litestar import Litestar, Router
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, SecurityScheme
+
+from aether import __version__
+from aether.api import auth, errors
+from aether.api.routers.objects import ObjectsApp
+from aether.api.services import Services
+from aether.api.shell import App, Shell
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+"""Largest JSON body; artifacts do not travel through routes."""
+
+
+def create_api(services: Services) -> App:
+    """The ASGI application. Raises RuntimeError when a route declares no role."""
+    routed = create_routes(services)
+    return Shell(cast(App, routed), ObjectsApp(services), services, auth.public_paths(routed))
+
+
+def create_routes(services: Services) -> Litestar:
+    """The routes alone, without the layer that authenticates; for `create_api` and for tests that walk them."""
+
+    async def provide_services() -> Services:
+        return services
+
+    return Litestar(
+        route_handlers=_handlers(),
+        dependencies={"services": Provide(provide_services), "caller": Provide(auth.principal)},
+        guards=[auth.guard],
+        exception_handlers=errors.HANDLERS,
+        openapi_config=OpenAPIConfig(
+            title="Aether",
+            version=__version__,
+            description="Deploy artifacts and run them. Every failure is an envelope with code and message.",
+            components=Components(
+                security_schemes={"bearer_auth": SecurityScheme(type="http", scheme="bearer")},
+            ),
+            security=[{"bearer_auth": []}],
+            create_examples=False,
+            use_handler_docstrings=True,
+            # Litestar insists on routes of its own for the schema; ours are in aether.api.swagger.
+            openapi_router=Router(path="/openapi", route_handlers=[], opt=auth.READER, include_in_schema=False),
+            render_plugins=[],
+        ),
+        logging_config=None,
+        request_max_body_size=MAX_BODY_BYTES,
+        debug=False,
+    )
+
+
+def _handlers() -> list[Any]:
+    from aether.api import swagger
+    from aether.api.routers import auth as auth_router
+    from aether.api.routers import probes
+
+    return [*probes.HANDLERS, *auth_router.HANDLERS, *swagger.HANDLERS]

@@ -1,0 +1,184 @@
+"""Signed PUT and GET of objects, as plain ASGI: bodies of hundreds of megabytes pass without a framework.
+
+Blocks are gathered to BLOCK_BYTES and written by a thread while the next ones arrive, so that neither the
+event loop nor the socket waits for the disk and at most two blocks per upload are in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from aether.api.services import Services
+from aether.api.transfers import Grant, ObjectTransfer, Upload
+from aether.model.errors import AetherError, BadRequest, NotFound, PayloadTooLarge, RateLimited
+
+BLOCK_BYTES = 1 << 20
+STALL_SECS = 60.0
+"""A client that sends or takes nothing for so long is cut off."""
+TURN_SECS = 10.0
+_PREFIX = "/objects/"
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+
+
+class _MethodNotAllowed(AetherError):
+    code, status = "bad_request", 405
+
+
+class ObjectsApp:
+    """ASGI app under /objects/; errors are raised for the shell to answer."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        limit = services.settings.max_concurrent_uploads
+        self._uploads = asyncio.Semaphore(limit) if limit else None
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
+        transfer = self._services.transfer
+        if transfer is None or scope["type"] != "http":
+            raise NotFound("there is nothing at this path")
+        method: str = scope["method"]
+        if method not in ("PUT", "GET", "HEAD"):
+            raise _MethodNotAllowed("an object takes PUT and GET only")
+        key = scope["path"][len(_PREFIX) :]
+        query = scope["query_string"].decode("latin-1")
+        grant = transfer.authorize("GET" if method == "HEAD" else method, key, query)
+        if method == "PUT":
+            await self._put(transfer, grant, scope, receive, send)
+        else:
+            await _get(transfer, grant, method == "GET", send)
+
+    async def _put(
+        self, transfer: ObjectTransfer, grant: Grant, scope: MutableMapping[str, Any], receive: _Receive, send: _Send
+    ) -> None:
+        _check_length(dict(scope["headers"]), grant.size_bytes)
+        async with _Turn(self._uploads), _Counted(self._services):
+            upload = await transfer.receive(grant)
+            try:
+                await _receive_into(upload, grant.size_bytes, receive)
+                await upload.finish()
+            finally:
+                await upload.abort()
+        body = msgspec.json.encode({"size_bytes": grant.size_bytes})
+        await _start(send, 200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
+        await send({"type": "http.response.body", "body": body})
+
+
+class _Turn:
+    """One of the bounded number of uploads; RateLimited after TURN_SECS."""
+
+    def __init__(self, semaphore: asyncio.Semaphore | None) -> None:
+        self._semaphore = semaphore
+
+    async def __aenter__(self) -> None:
+        if self._semaphore is None:
+            return
+        try:
+            async with asyncio.timeout(TURN_SECS):
+                await self._semaphore.acquire()
+        except TimeoutError:
+            raise RateLimited("too many uploads at once; try again") from None
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._semaphore is not None:
+            self._semaphore.release()
+
+
+class _Counted:
+    def __init__(self, services: Services) -> None:
+        self._gauge = services.metrics.uploads_in_progress
+
+    async def __aenter__(self) -> None:
+        self._gauge.inc()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gauge.dec()
+
+
+def _check_length(headers: dict[bytes, bytes], signed: int) -> None:
+    length = headers.get(b"content-length")
+    if length is None or not length.isdigit():
+        raise BadRequest("an upload needs a Content-Length")
+    if int(length) > signed:
+        raise PayloadTooLarge(f"the URL was signed for {signed} bytes, the request announces {int(length)}")
+    if int(length) != signed:
+        raise BadRequest(f"the URL was signed for {signed} bytes, the request announces {int(length)}")
+
+
+async def _receive_into(upload: Upload, size: int, receive: _Receive) -> None:
+    blocks: list[bytes] = []
+    held = total = 0
+    writing: asyncio.Task[None] | None = None
+    try:
+        more = True
+        while more:
+            message = await _next(receive)
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the upload broke off; nothing was kept")
+            body: bytes = message.get("body", b"")
+            more = message.get("more_body", False)
+            if body:
+                blocks.append(body)
+                held += len(body)
+                total += len(body)
+            if total > size:
+                raise PayloadTooLarge(f"the URL was signed for {size} bytes, more arrived")
+            if held >= BLOCK_BYTES or (held and not more):
+                if writing is not None:
+                    await writing
+                writing = asyncio.create_task(upload.add(blocks))
+                blocks, held = [], 0
+        if writing is not None:
+            await writing
+        if total != size:
+            raise BadRequest(f"the URL was signed for {size} bytes, {total} arrived; nothing was kept")
+    finally:
+        if writing is not None:
+            await asyncio.wait([writing])
+
+
+async def _next(receive: _Receive) -> _Message:
+    try:
+        async with asyncio.timeout(STALL_SECS):
+            return await receive()
+    except TimeoutError:
+        raise BadRequest(f"nothing arrived for {STALL_SECS:g} s; the upload was given up") from None
+
+
+async def _get(transfer: ObjectTransfer, grant: Grant, with_body: bool, send: _Send) -> None:
+    path = transfer.local_path(grant.key)
+    try:
+        descriptor = os.open(path or "", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound("the object does not exist") from None
+    try:
+        size = os.fstat(descriptor).st_size
+        headers = [
+            (b"content-type", b"application/gzip"),
+            (b"content-length", b"%d" % size),
+            (b"content-disposition", b'attachment; filename="%s"' % grant.filename.encode("ascii", "replace")),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        await _start(send, 200, headers)
+        sent = 0
+        while with_body and sent < size:
+            block = await asyncio.to_thread(os.pread, descriptor, BLOCK_BYTES, sent)
+            if not block:
+                raise NotFound("the object shrank while it was sent")
+            sent += len(block)
+            async with asyncio.timeout(STALL_SECS):
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        os.close(descriptor)
+
+
+async def _start(send: _Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})

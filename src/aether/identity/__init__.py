@@ -1,0 +1,1 @@
+"""Who is calling: tokens, roles and sessions."""
