@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
 from aether.edge.errors import error_response
 from aether.edge.exchange import Exchange
 from aether.edge.head import HEAD_END, HeadError, has_stray_control, parse_request
-from aether.edge.headers import forwarded_prefix, new_traceparent, trace_id
+from aether.edge.headers import forwarded_prefix, trace_id
 
 if TYPE_CHECKING:
     from aether.edge.server import Edge
@@ -41,7 +42,6 @@ class ClientConnection(asyncio.Protocol):
         "_seen",
         "_state",
         "_stuck_bytes",
-        "clock",
         "edge",
         "exchange",
         "forwarded",
@@ -51,7 +51,6 @@ class ClientConnection(asyncio.Protocol):
 
     def __init__(self, edge: Edge) -> None:
         self.edge = edge
-        self.clock = edge.clock
         self.transport: asyncio.Transport
         self.forwarded = b""
         self.write_paused = False
@@ -62,7 +61,7 @@ class ClientConnection(asyncio.Protocol):
         self._chunks: ChunkedDecoder | None = None
         self._head_since = 0.0
         self._reading = True
-        self._seen = edge.clock()
+        self._seen = monotonic()
         self._lingered = 0
         self._stuck_bytes = 0
 
@@ -98,7 +97,7 @@ class ClientConnection(asyncio.Protocol):
             self._next_request()
 
     def data_received(self, data: bytes) -> None:
-        self._seen = self.clock()
+        self._seen = monotonic()
         state = self._state
         if state == _HEAD:
             self._take_head(self._pending + data if self._pending else data)
@@ -125,14 +124,13 @@ class ClientConnection(asyncio.Protocol):
             return
         self._head_since = 0.0
         try:
-            head = parse_request(data, end + 2)
+            head = parse_request(data, end)
         except HeadError as error:
             self._refuse(400, error.message)
             return
         rest = data[end + 4 :]
         self._pending = b""
         exchange = self.exchange
-        exchange.seen = self._seen
         if head.chunked:
             self._state = _CHUNKED
             self._chunks = ChunkedDecoder()
@@ -156,7 +154,7 @@ class ClientConnection(asyncio.Protocol):
         if complete:
             self._state = _WAIT
             self._pending = rest
-        exchange.begin(head, payload, complete=complete)
+        exchange.begin(head, payload, complete, self._seen)
         if (rest or not complete) and exchange.active:
             self.update_reading()
 
@@ -168,7 +166,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._pending = data
             if data and not self._head_since:
-                self._head_since = self.clock()
+                self._head_since = monotonic()
 
     def _take_body(self, data: bytes) -> None:
         if self._chunks is not None and self._state == _CHUNKED:
@@ -224,7 +222,7 @@ class ClientConnection(asyncio.Protocol):
 
     # ---- ends of requests and of the connection
 
-    def exchange_done(self, *, keep_alive: bool) -> None:
+    def exchange_done(self, keep_alive: bool) -> None:
         """The answer has been written."""
         if self._state == _CLOSED:
             return
@@ -244,7 +242,7 @@ class ClientConnection(asyncio.Protocol):
             self._set_reading(False)
             return
         if self._pending:
-            self._seen = self.clock()
+            self._seen = monotonic()
             self._take_head(self._pending)
         if self._state == _HEAD:
             self._set_reading(True)
@@ -252,7 +250,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer bytes that are no request, and close."""
         self._pending = b""
-        trace = trace_id(new_traceparent(self.edge.random_bits()))
+        trace = trace_id(self.edge.traces.new())
         errors = self.edge.counters.errors
         errors[status] = errors.get(status, 0) + 1
         self.transport.write(error_response(status, message, trace, trace, close=True))
@@ -262,7 +260,7 @@ class ClientConnection(asyncio.Protocol):
         """Close after what is written; with `unread` input first take it in, so that no reset eats the answer."""
         self._pending = b""
         self._head_since = 0.0
-        self._seen = self.clock()
+        self._seen = monotonic()
         if unread and self.transport.can_write_eof():
             self._state = _LINGER
             self.transport.write_eof()
@@ -274,7 +272,7 @@ class ClientConnection(asyncio.Protocol):
     def cut_off(self, *, reset: bool) -> None:
         """Close in the middle of an answer; `reset` when the client could take a plain close for its end."""
         self._state = _CLOSED
-        self._seen = self.clock()
+        self._seen = monotonic()
         if reset:
             sock = self.transport.get_extra_info("socket")
             if sock is not None:

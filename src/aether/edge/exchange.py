@@ -7,7 +7,6 @@ business of `downstream`, framing the answer that of `upstream`.
 from __future__ import annotations
 
 import asyncio
-from random import getrandbits
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +16,6 @@ from aether.edge.head import NO_BODY, RequestHead, ResponseHead
 from aether.edge.headers import (
     client_response,
     interim_response,
-    new_traceparent,
     switching_response,
     trace_id,
     upstream_request,
@@ -48,7 +46,6 @@ class Exchange:
         "_head",
         "_held",
         "_keep_alive",
-        "_pool_secs",
         "_replay",
         "_replays",
         "_request_id",
@@ -63,7 +60,7 @@ class Exchange:
         "active",
         "answering",
         "client",
-        "is_head",
+        "pool_secs",
         "pool_size",
         "seen",
         "status",
@@ -76,12 +73,11 @@ class Exchange:
         self.answering = False
         """The head of the answer has been sent."""
         self.upload_done = True
-        self.is_head = False
         self.status = 0
         self.seen = 0.0
         """Loop time of the last sign of life of either side."""
         self.pool_size = client.edge.options.pool_size
-        self._pool_secs = client.edge.options.pool_idle_secs
+        self.pool_secs = client.edge.options.pool_idle_secs
         self._head = _NO_HEAD
         self._route: Route | None = None
         self._backend: EdgeBackend | None = None
@@ -100,36 +96,34 @@ class Exchange:
 
     # ---- the request
 
-    def begin(self, head: RequestHead, body: bytes, *, complete: bool) -> None:
+    def begin(self, head: RequestHead, body: bytes, complete: bool, now: float) -> None:
         """Take a request; `body` is the payload that came with the head, `complete` when that was all of it."""
-        edge = self.client.edge
+        client = self.client
+        edge = client.edge
         self._head = head
         self.active = True
         self.answering = False
-        self.status = 0
         self.upload_done = complete
-        self._keep_alive = head.keep_alive
-        self._started_at = monotonic()
-        self._sent_at = self._upstream_secs = 0.0
+        self._started_at = self.seen = now
         self._bytes_in = len(body)
-        self._bytes_out = self._replays = 0
-        self.is_head = head.method == b"HEAD"
-        self._trace = trace = head.traceparent or new_traceparent(getrandbits(192))
-        self._request_id = request_id = head.request_id or trace_id(trace)
+        self._trace = trace = head.traceparent or edge.traces.new()
+        self._request_id = request_id = head.request_id or trace[3:35]
         edge.counters.requests += 1
         self._route = route = edge.table.find(head.host)
         if route is None:
             self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
             return
-        limit = edge.options.max_body_bytes
-        if limit and route.app is not None and (head.content_length > limit or len(body) > limit):
-            self.fail(413, f"the request body is larger than the limit of {limit} bytes")
-            return
-        data = upstream_request(head, self.client.forwarded, request_id, trace)
-        if body or head.chunked:
+        data = upstream_request(head, client.forwarded, request_id, trace)
+        if complete and not body and not head.chunked:
+            self._replay = data if head.method in _IDEMPOTENT else None
+        else:
+            limit = edge.options.max_body_bytes
+            if limit and route.app is not None and (head.content_length > limit or len(body) > limit):
+                self.fail(413, f"the request body is larger than the limit of {limit} bytes")
+                return
             data += self._coded(body, complete)
-        self._replay = data if complete and head.method in _IDEMPOTENT else None
-        self._attempt(data)
+            self._replay = data if complete and head.method in _IDEMPOTENT else None
+        self._attempt(route, data, now)
 
     def upload(self, payload: bytes, *, complete: bool) -> None:
         """More of the request's body."""
@@ -148,6 +142,10 @@ class Exchange:
         self.upload_done = complete
 
     @property
+    def is_head(self) -> bool:
+        return self._head.method == b"HEAD"
+
+    @property
     def upload_blocked(self) -> bool:
         """The client should not be read further: nobody takes the bytes yet."""
         upstream = self._upstream
@@ -161,29 +159,26 @@ class Exchange:
         data = encode_chunk(payload) if payload else b""
         return data + LAST_CHUNK if complete else data
 
-    def _attempt(self, data: bytes) -> None:
+    def _attempt(self, route: Route, data: bytes, now: float) -> None:
         """Send on a pooled connection of the chosen backend, or dial one."""
-        route = self._route
-        backend = None if route is None else route.pick()
+        backend = route.pick()
         if backend is None:
             self.fail(503, "the app has no running instance; it may be starting")
             return
         backend.in_flight += 1
         self._backend = backend
-        upstream = backend.take(self.client.clock())
-        while upstream is not None and self._replay is None and upstream.gone():
-            upstream.close()
-            upstream = backend.take(self.client.clock())
+        upstream = backend.take(now)
+        if self._replay is None:
+            while upstream is not None and upstream.gone():
+                upstream.close()
+                upstream = backend.take(now)
         if upstream is None:
             self._held = [data]
             self._task = self.client.edge.own_task(self._dial(backend), self)
         else:
-            self._send(upstream, data)
-
-    def _send(self, upstream: UpstreamConnection, data: bytes) -> None:
-        self._upstream = upstream
-        self._sent_at = monotonic()
-        upstream.begin(self, data)
+            self._upstream = upstream
+            self._sent_at = now
+            upstream.begin(self, data)
 
     async def _dial(self, backend: EdgeBackend) -> None:
         """Connect to `backend`, or while that fails to another one: nothing has been sent yet."""
@@ -208,9 +203,11 @@ class Exchange:
                 backend.in_flight += 1
                 self._backend = backend
         self._task = None
-        self.seen = self.client.clock()
+        self.seen = monotonic()
         held, self._held = self._held, []
-        self._send(upstream, b"".join(held))
+        self._upstream = upstream
+        self._sent_at = self.seen
+        upstream.begin(self, b"".join(held))
         self.client.update_reading()
 
     def _cannot_dial(self, error: OSError | TimeoutError) -> None:
@@ -231,23 +228,24 @@ class Exchange:
 
     def interim(self, head: ResponseHead) -> None:
         """A 1xx head other than 101."""
-        self.seen = self.client.clock()
+        self.seen = monotonic()
         if self._head.minor and (head.status != 100 or self._head.expect_continue):
             self.client.transport.write(interim_response(head))
 
-    def answer(self, head: ResponseHead, body: bytes, *, ended: bool) -> None:
+    def answer(self, head: ResponseHead, body: bytes, ended: bool, now: float) -> None:
         """The final head and the payload that came with it."""
         client = self.client
         request = self._head
-        self.seen = client.clock()
-        self._upstream_secs = monotonic() - self._sent_at
+        self.seen = now
+        self._upstream_secs = now - self._sent_at
         self.answering = True
         self.status = status = head.status
         self._bytes_out = len(body)
+        self._answer_length = length = head.content_length
         self._encode = False
+        keep_alive = request.keep_alive
         if client.edge.closing or (ended and not self.upload_done) or request.upgrade:
-            self._keep_alive = False
-        length = head.content_length
+            keep_alive = False
         if status == 204:
             framing = b""
         elif length != NO_BODY:
@@ -257,31 +255,27 @@ class Exchange:
         elif request.minor:
             self._encode = True
             framing = b"Transfer-Encoding: chunked\r\n"
+            if body:
+                body = encode_chunk(body)
+            if ended:
+                body += LAST_CHUNK
         else:
-            self._keep_alive = False
+            keep_alive = False
             framing = b""
-        self._answer_length = length if not self._encode else 0
-        if not self._keep_alive:
+        if not keep_alive:
             framing += b"Connection: close\r\n"
         elif not request.minor:
             framing += b"Connection: keep-alive\r\n"
-        data = client_response(head, self._request_id, framing)
-        if self._encode:
-            if body:
-                data += encode_chunk(body)
-            if ended:
-                data += LAST_CHUNK
-        elif body:
-            data += body
-        client.transport.write(data)
+        self._keep_alive = keep_alive
+        client.transport.write(client_response(head, self._request_id, framing) + body)
         if ended:
-            self._done()
+            self._done(now)
         elif client.write_paused and self._upstream is not None:
             self._upstream.pause_reading()
 
-    def answer_body(self, payload: bytes, *, ended: bool) -> None:
+    def answer_body(self, payload: bytes, ended: bool) -> None:
         client = self.client
-        self.seen = client.clock()
+        self.seen = now = monotonic()
         self._bytes_out += len(payload)
         if self._encode:
             data = encode_chunk(payload) if payload else b""
@@ -292,14 +286,7 @@ class Exchange:
         if data:
             client.transport.write(data)
         if ended:
-            self._done()
-
-    def keep_upstream_secs(self, promised: int) -> None:
-        """The upstream closes idle connections after `promised` seconds; leave well before."""
-        self._pool_secs = min(self.client.edge.options.pool_idle_secs, promised * 0.8)
-
-    def pool_until(self) -> float:
-        return self.client.clock() + self._pool_secs
+            self._done(now)
 
     def client_writable(self, writable: bool) -> None:
         """The client's send buffer has filled or emptied."""
@@ -325,12 +312,12 @@ class Exchange:
         client.transport.write(switching_response(head, self._request_id) + rest)
         if early := client.take_pending():
             upstream.transport.write(early)
-        self._tunnel = Tunnel(client.transport, upstream.transport, client.clock, self._tunnel_ended)
+        self._tunnel = Tunnel(client.transport, upstream.transport, self._tunnel_ended)
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
         self._bytes_in, self._bytes_out = tunnel.bytes_in, tunnel.bytes_out
         self._tunnel = None
-        self._settle()
+        self._settle(monotonic())
         self.client.forget()
 
     # ---- ends
@@ -344,7 +331,8 @@ class Exchange:
             self.client.edge.counters.retries += 1
             self._upstream = None
             self._leave_backend()
-            self._attempt(self._replay)
+            if self._route is not None:
+                self._attempt(self._route, self._replay, monotonic())
         else:
             self._upstream = None
             self.fail(502, "the app closed the connection without an answer")
@@ -365,8 +353,9 @@ class Exchange:
             return
         self._drop_upstream()
         client = self.client
-        if not self.upload_done or client.edge.closing or self._head.upgrade:
-            self._keep_alive = False
+        self._keep_alive = (
+            self._head.keep_alive and self.upload_done and not client.edge.closing and not self._head.upgrade
+        )
         self.status = status
         errors = client.edge.counters.errors
         errors[status] = errors.get(status, 0) + 1
@@ -381,7 +370,7 @@ class Exchange:
                 old=not self._head.minor,
             )
         )
-        self._done()
+        self._done(monotonic())
 
     def client_gone(self) -> None:
         """The client has left; the upstream is told by a closed connection."""
@@ -389,7 +378,7 @@ class Exchange:
             self._drop_upstream()
             if not self.answering:
                 self.status = 499
-            self._settle(aborted=True)
+            self._settle(monotonic(), aborted=True)
 
     def abort(self) -> None:
         """Stop at once, tunnels too; the client connection is dropped by the caller."""
@@ -425,7 +414,7 @@ class Exchange:
         self._drop_upstream()
         # an answer that ends with the connection can only be seen as cut when the connection is reset
         reset = not self._encode and self._answer_length == NO_BODY
-        self._settle(aborted=True)
+        self._settle(monotonic(), aborted=True)
         self.client.cut_off(reset=reset)
 
     def _drop_upstream(self) -> None:
@@ -441,13 +430,13 @@ class Exchange:
             self._backend.leave()
             self._backend = None
 
-    def _done(self) -> None:
+    def _done(self, now: float) -> None:
         """The answer is complete."""
         keep_alive = self._keep_alive and self.upload_done
-        self._settle()
-        self.client.exchange_done(keep_alive=keep_alive)
+        self._settle(now)
+        self.client.exchange_done(keep_alive)
 
-    def _settle(self, *, aborted: bool = False) -> None:
+    def _settle(self, now: float, *, aborted: bool = False) -> None:
         """Count out and give the record."""
         self.active = False
         self._upstream = None
@@ -459,17 +448,20 @@ class Exchange:
         edge = self.client.edge
         if aborted:
             edge.counters.aborted += 1
-        if edge.on_record is not None:
-            edge.on_record(
+        on_record = edge.on_record
+        if on_record is not None:
+            head = self._head
+            route = self._route
+            on_record(
                 RequestRecord(
-                    self._route.app if self._route is not None else None,
-                    self._head.method.decode("ascii"),
+                    None if route is None else route.app,
+                    head.method,
                     self.status,
-                    monotonic() - self._started_at,
-                    self._upstream_secs,
+                    now - self._started_at,
+                    self._upstream_secs if self.answering else 0.0,
                     self._bytes_in,
-                    self._bytes_out,
-                    self._request_id.decode("ascii"),
+                    self._bytes_out if self.answering else 0,
+                    self._request_id,
                     aborted,
                 )
             )

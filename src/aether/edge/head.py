@@ -12,15 +12,16 @@ from typing import Final
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]"
-_FIELDS: Final = rb"((?:" + _TOKEN + rb"++:" + _TEXT + rb"*+\r\n)*+)"
-_REQUEST: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]++) HTTP/1\.([01])\r\n" + _FIELDS)
-_RESPONSE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"*+))?\r\n" + _FIELDS)
+_METHOD: Final = re.compile(_TOKEN + rb"{1,32}")
+_TARGET: Final = re.compile(rb"[\x21-\x7e]++")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"*+))?")
+_FIELD: Final = re.compile(rb"(" + _TOKEN + rb"++):[ \t]*+(" + _TEXT + rb"*+)")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._\-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]*)([^#]*)")
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _STRAY: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
-_WELL_FORMED_LINE: Final = re.compile(_TOKEN + rb"++:" + _TEXT + rb"*+")
+_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"))
 
 HEAD_END: Final = b"\r\n\r\n"
 NO_BODY: Final = -1
@@ -60,6 +61,7 @@ _RESPONSE_FIELDS: Final[dict[bytes, int]] = {
     b"te": _DROP,
     b"trailer": _DROP,
 }
+_STRAY_MESSAGE: Final = "the head has a bare CR, a bare LF or a NUL byte"
 _OWNED_PREFIXES: Final = (b"x-aether-", b"x-forwarded-")
 
 
@@ -74,51 +76,70 @@ class HeadError(Exception):
 class RequestHead:
     """What the edge needs of a request head. `lines` are the end-to-end fields that pass unchanged."""
 
-    __slots__ = (
-        "chunked",
-        "content_length",
-        "expect_continue",
-        "host",
-        "keep_alive",
-        "lines",
-        "method",
-        "minor",
-        "request_id",
-        "target",
-        "traceparent",
-        "upgrade",
-    )
-
     method: bytes
     target: bytes
     """Origin form, or `*` for OPTIONS."""
-    minor: int
     host: bytes
     lines: list[bytes]
-    content_length: int
-    chunked: bool
-    keep_alive: bool
-    upgrade: bytes
+    minor: int = 1
+    content_length: int = NO_BODY
+    chunked: bool = False
+    keep_alive: bool = True
+    upgrade: bytes = b""
     """Protocols asked for in a valid Upgrade, else empty."""
-    expect_continue: bool
-    request_id: bytes
-    traceparent: bytes
+    expect_continue: bool = False
+    request_id: bytes = b""
+    traceparent: bytes = b""
 
 
 class ResponseHead:
     """What the edge needs of a response head. `lines` are the end-to-end fields that pass unchanged."""
 
-    __slots__ = ("chunked", "content_length", "keep_alive", "keep_alive_secs", "lines", "reason", "status", "upgrade")
-
     status: int
-    reason: bytes
+    line: bytes
+    """Status code and reason as they are sent on."""
     lines: list[bytes]
-    content_length: int
-    chunked: bool
-    keep_alive: bool
-    keep_alive_secs: int
+    content_length: int = NO_BODY
+    chunked: bool = False
+    keep_alive: bool = True
+    keep_alive_secs: int = 0
     """What `Keep-Alive: timeout=` promises, 0 when it is absent."""
-    upgrade: bytes
+    upgrade: bytes = b""
+
+
+class _Lines:
+    """Field lines already found valid, by their bytes: most lines of most messages repeat.
+
+    Maps a line to None when it passes unchanged, else to its kind and value. Bounded; forgets all when full. Lines
+    that carry credentials or are long are not kept.
+    """
+
+    __slots__ = ("_kinds", "known", "owned")
+
+    _MAX_LINES: Final = 4096
+    _MAX_BYTES: Final = 256
+    _SECRET: Final = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"))
+
+    def __init__(self, kinds: dict[bytes, int], *, owned: bool) -> None:
+        self._kinds = kinds
+        self.owned = owned
+        self.known: dict[bytes, tuple[int, bytes] | None] = {}
+
+    def learn(self, line: bytes) -> tuple[int, bytes] | None:
+        """Check and classify a line. Raises HeadError."""
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise HeadError(_why_not(line))
+        name = match[1].lower()
+        kind = self._kinds.get(name)
+        if kind is None and self.owned and _owned(name):
+            kind = _DROP
+        entry = None if kind is None else (kind, match[2].rstrip(b" \t"))
+        if len(line) <= self._MAX_BYTES and name not in self._SECRET:
+            if len(self.known) >= self._MAX_LINES:
+                self.known.clear()
+            self.known[line] = entry
+        return entry
 
 
 def has_stray_control(partial: bytes) -> bool:
@@ -127,43 +148,63 @@ def has_stray_control(partial: bytes) -> bool:
 
 
 def parse_request(data: bytes, end: int) -> RequestHead:
-    """Read the request head `data[:end]`, `end` being just after the CRLF of its last line. Raises HeadError."""
-    match = _REQUEST.fullmatch(data, 0, end)
-    if match is None:
-        raise HeadError(_why_not(data[:end], "request"))
-    method, target, minor, fields = match.groups()
+    """Read the request head `data[:end]`, `end` being where its closing empty line begins. Raises HeadError."""
+    lines = data[:end].split(b"\r\n")
+    parts = lines[0].split(b" ")
+    if len(parts) != 3:
+        raise HeadError(_bad_first(lines[0], "request"))
+    method, target, version = parts
+    if (method not in _METHODS and not _METHOD.fullmatch(method)) or not _TARGET.fullmatch(target):
+        raise HeadError(_bad_first(lines[0], "request"))
     head = RequestHead()
+    if version != b"HTTP/1.1":
+        if version != b"HTTP/1.0":
+            raise HeadError(_bad_first(lines[0], "request"))
+        head.minor = 0
+        head.keep_alive = False
     head.method = method
-    head.minor = 1 if minor == b"1" else 0
-    head.content_length = length = NO_BODY
-    head.chunked = head.expect_continue = False
-    head.request_id = head.traceparent = head.upgrade = b""
-    kept: list[bytes] = []
-    head.lines = kept
-    host: bytes | None = None
+    head.lines = kept = list[bytes]()
+    host = b""
+    del lines[0]
+    rare: list[tuple[int, bytes]] | None = None
+    known = _request_lines.known
+    for line in lines:
+        entry = known[line] if line in known else _request_lines.learn(line)
+        if entry is None:
+            kept.append(line)
+        elif entry[0] == _HOST_FIELD:
+            if host:
+                raise HeadError("more than one Host field")
+            host = entry[1]
+            if not _HOST.fullmatch(host):
+                raise HeadError("the Host field does not name a host")
+        elif entry[0] != _DROP:
+            if rare is None:
+                rare = [entry]
+            else:
+                rare.append(entry)
+    if not host:
+        raise HeadError("no Host field")
+    if target[0] != 0x2F:
+        target, host = _other_form(method, target, host)
+    head.target = target
+    head.host = host
+    if rare is not None:
+        _take_rare(head, rare)
+    return head
+
+
+def _take_rare(head: RequestHead, fields: list[tuple[int, bytes]]) -> None:
+    """Apply the fields that mean something to the edge itself."""
     connection = upgrade = state = b""
     ids = traces = 0
-    lines = fields.split(b"\r\n")
-    lines.pop()
-    for line in lines:
-        name = line[: line.index(b":")].lower()
-        kind = _REQUEST_FIELDS.get(name)
-        if kind is None:
-            if (name[0] == 0x78 or b"_" in name) and _owned(name):
-                continue
-            kept.append(line)
-            continue
-        value = line[len(name) + 1 :].strip(b" \t")
-        if kind == _HOST_FIELD:
-            if host is not None:
-                raise HeadError("more than one Host field")
-            host = value
-        elif kind == _CONNECTION:
+    for kind, value in fields:
+        if kind == _CONNECTION:
             connection = connection + b"," + value if connection else value
         elif kind == _LENGTH:
-            if length != NO_BODY:
+            if head.content_length != NO_BODY:
                 raise HeadError("more than one Content-Length field")
-            length = _length(value)
+            head.content_length = _length(value)
         elif kind == _CODING:
             if head.chunked or value.lower() != b"chunked":
                 raise HeadError("Transfer-Encoding must be exactly 'chunked'")
@@ -180,62 +221,45 @@ def parse_request(data: bytes, end: int) -> RequestHead:
             head.traceparent = value if traces == 1 and _TRACEPARENT.fullmatch(value) else b""
         elif kind == _STATE:
             state = state + b"," + value if state else value
-    if host is None:
-        raise HeadError("no Host field")
     if head.chunked:
-        if length != NO_BODY:
+        if head.content_length != NO_BODY:
             raise HeadError("both Content-Length and Transfer-Encoding")
         if not head.minor:
             raise HeadError("Transfer-Encoding in an HTTP/1.0 request")
-    head.content_length = length
-    if target[0] != 0x2F:
-        target, host = _other_form(method, target, host)
-    head.target = target
-    if not _HOST.fullmatch(host):
-        raise HeadError("the Host field does not name a host")
-    head.host = host
-    if state and head.traceparent:
-        kept.append(b"tracestate: " + state)
-    if connection:
+    if connection and connection != b"keep-alive":
         tokens = _tokens(connection)
         head.keep_alive = b"close" not in tokens and (head.minor == 1 or b"keep-alive" in tokens)
-        if upgrade and head.minor and b"upgrade" in tokens and not head.chunked and length <= 0:
+        if upgrade and head.minor and b"upgrade" in tokens and not head.chunked and head.content_length <= 0:
             head.upgrade = _tunnels(upgrade)
-        head.lines = _without(kept, tokens)
-    else:
-        head.keep_alive = head.minor == 1
-    return head
+        head.lines = _without(head.lines, tokens)
+    elif connection:
+        head.keep_alive = True
+    if state and head.traceparent:
+        head.lines.append(b"tracestate: " + state)
 
 
 def parse_response(data: bytes, end: int) -> ResponseHead:
-    """Read the response head `data[:end]`, `end` being just after the CRLF of its last line. Raises HeadError."""
-    match = _RESPONSE.fullmatch(data, 0, end)
-    if match is None:
-        raise HeadError(_why_not(data[:end], "response"))
-    minor, status, reason, fields = match.groups(b"")
+    """Read the response head `data[:end]`, `end` being where its closing empty line begins. Raises HeadError."""
+    lines = data[:end].split(b"\r\n")
     head = ResponseHead()
-    head.status = int(status)
-    head.reason = reason
-    head.chunked = False
-    head.keep_alive_secs = 0
-    head.upgrade = b""
-    kept: list[bytes] = []
-    head.lines = kept
-    length = NO_BODY
+    status = _statuses.get(lines[0])
+    if status is None:
+        status = _learn_status(lines[0])
+    head.status, head.line, minor = status
+    head.lines = kept = list[bytes]()
     connection = b""
-    lines = fields.split(b"\r\n")
-    lines.pop()
+    del lines[0]
+    known = _response_lines.known
     for line in lines:
-        name = line[: line.index(b":")].lower()
-        kind = _RESPONSE_FIELDS.get(name)
-        if kind is None:
+        entry = known[line] if line in known else _response_lines.learn(line)
+        if entry is None:
             kept.append(line)
             continue
-        value = line[len(name) + 1 :].strip(b" \t")
+        kind, value = entry
         if kind == _LENGTH:
-            if length != NO_BODY:
+            if head.content_length != NO_BODY:
                 raise HeadError("more than one Content-Length field")
-            length = _length(value)
+            head.content_length = _length(value)
         elif kind == _CONNECTION:
             connection = connection + b"," + value if connection else value
         elif kind == _KEEP_ALIVE:
@@ -246,22 +270,33 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
             head.chunked = True
         elif kind == _UPGRADE:
             head.upgrade = value
-    if head.chunked and length != NO_BODY:
+    if head.chunked and head.content_length != NO_BODY:
         raise HeadError("both Content-Length and Transfer-Encoding")
-    head.content_length = length
-    if not connection or connection == b"keep-alive":
-        head.keep_alive = minor == b"1" or connection != b""
-    else:
+    if not connection:
+        head.keep_alive = minor == 1
+    elif connection != b"keep-alive":
         tokens = _tokens(connection)
-        head.keep_alive = b"close" not in tokens and (minor == b"1" or b"keep-alive" in tokens)
+        head.keep_alive = b"close" not in tokens and (minor == 1 or b"keep-alive" in tokens)
         head.lines = _without(kept, tokens)
     return head
+
+
+def _learn_status(line: bytes) -> tuple[int, bytes, int]:
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise HeadError(_bad_first(line, "response"))
+    status = int(match[2]), match[2] + b" " + (match[3] or b""), int(match[1])
+    if len(line) < 64:
+        if len(_statuses) > 256:
+            _statuses.clear()
+        _statuses[line] = status
+    return status
 
 
 def _owned(name: bytes) -> bool:
     """True for a field only the edge may set, also spelt with `_`: CGI and WSGI read both spellings as one."""
     plain = name.replace(b"_", b"-")
-    return plain.startswith(_OWNED_PREFIXES) or plain in _REQUEST_FIELDS
+    return plain.startswith(_OWNED_PREFIXES) or (plain != name and plain in _REQUEST_FIELDS)
 
 
 def _length(value: bytes) -> int:
@@ -307,17 +342,19 @@ def _keep_alive_secs(value: bytes) -> int:
     return 0
 
 
-def _why_not(head: bytes, what: str) -> str:
-    """Name the first thing that is wrong with a head that the grammar refused."""
-    if has_stray_control(head):
-        return f"the {what} head has a bare CR, a bare LF or a NUL byte"
-    first, *rest = head.split(b"\r\n")[:-1]
-    pattern = _REQUEST if what == "request" else _RESPONSE
-    if not pattern.fullmatch(first + b"\r\n"):
-        return f"the {what} line is malformed"
-    for line in rest:
-        if line[:1] in (b" ", b"\t"):
-            return f"a {what} field is folded over several lines"
-        if not _WELL_FORMED_LINE.fullmatch(line):
-            return f"a {what} field has a malformed name or a control byte in its value"
-    return f"the {what} head is malformed"
+def _bad_first(line: bytes, what: str) -> str:
+    return _STRAY_MESSAGE if has_stray_control(line) else f"the {what} line is malformed"
+
+
+def _why_not(line: bytes) -> str:
+    """Name what is wrong with a field line that the grammar refused."""
+    if has_stray_control(line):
+        return _STRAY_MESSAGE
+    if line[:1] in (b" ", b"\t"):
+        return "a header field is folded over several lines"
+    return "a header field has a malformed name or a control byte in its value"
+
+
+_request_lines: Final = _Lines(_REQUEST_FIELDS, owned=True)
+_response_lines: Final = _Lines(_RESPONSE_FIELDS, owned=False)
+_statuses: Final[dict[bytes, tuple[int, bytes, int]]] = {}

@@ -39,7 +39,7 @@ class RequestRecord(NamedTuple):
 
     app: str | None
     """None for the API and for hosts the edge does not know."""
-    method: str
+    method: bytes
     status: int
     """What the client got; 499 when it left before an answer began."""
     duration: float
@@ -48,7 +48,7 @@ class RequestRecord(NamedTuple):
     bytes_in: int
     bytes_out: int
     """Body bytes of the request and the answer as payload."""
-    request_id: str
+    request_id: bytes
     aborted: bool
     """The answer began and did not end."""
 

@@ -35,7 +35,7 @@ class EdgeBackend:
         return len(self._idle)
 
     def take(self, now: float) -> UpstreamConnection | None:
-        """The most recently used connection that is still good, or None. `now` is the loop's time."""
+        """The most recently used connection that is still good, or None. `now` is monotonic."""
         idle = self._idle
         while idle:
             connection = idle.pop()

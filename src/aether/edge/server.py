@@ -7,10 +7,11 @@ import logging
 import socket
 import ssl
 from collections.abc import Coroutine, Sequence
-from random import getrandbits
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from aether.edge.downstream import ClientConnection
+from aether.edge.headers import TraceParents
 from aether.edge.options import EdgeCounters, EdgeOptions, RecordSink
 from aether.edge.table import RouteTable
 
@@ -33,6 +34,7 @@ class Edge:
         self.on_record = on_record
         """Called once for every finished request, on the data path: it must be quick and must not raise."""
         self.counters = EdgeCounters()
+        self.traces = TraceParents()
         self.closing = False
         self.loop: asyncio.AbstractEventLoop
         self._servers: list[asyncio.Server] = []
@@ -40,10 +42,6 @@ class Edge:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.TimerHandle | None = None
         self._all_gone: asyncio.Event | None = None
-
-    def clock(self) -> float:
-        """The loop's time; replaced by the loop's own method on start."""
-        return self.loop.time()
 
     async def start(
         self,
@@ -58,7 +56,6 @@ class Edge:
         May be called again for further listeners. Raises OSError, for instance when the port is in use.
         """
         self.loop = asyncio.get_running_loop()
-        self.clock = self.loop.time
         bound = 0
         if sockets:
             for sock in sockets:
@@ -143,16 +140,12 @@ class Edge:
         task.add_done_callback(done)
         return task
 
-    def random_bits(self) -> int:
-        """192 bits for a traceparent."""
-        return getrandbits(192)
-
     def _connection(self) -> ClientConnection:
         return ClientConnection(self)
 
     def _tick(self) -> None:
         """Check every connection's clocks; one timer for all of them."""
-        now = self.loop.time()
+        now = monotonic()
         for connection in list(self._connections):
             connection.check(now)
         self.table.prune(now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Final
 
 _HIGH_WATER: Final = 64 * 1024
@@ -12,18 +13,16 @@ _HIGH_WATER: Final = 64 * 1024
 class Tunnel:
     """Joins two transports until both directions have ended or one side broke; then calls `on_end` once."""
 
-    __slots__ = ("_client", "_clock", "_on_end", "_open", "_upstream", "bytes_in", "bytes_out", "seen")
+    __slots__ = ("_client", "_on_end", "_open", "_upstream", "bytes_in", "bytes_out", "seen")
 
     def __init__(
         self,
         client: asyncio.Transport,
         upstream: asyncio.Transport,
-        clock: Callable[[], float],
         on_end: Callable[[Tunnel], None],
     ) -> None:
-        self._clock = clock
         self._on_end = on_end
-        self.seen = clock()
+        self.seen = monotonic()
         self.bytes_in = 0
         self.bytes_out = 0
         self._open = 2
@@ -43,7 +42,7 @@ class Tunnel:
         self._upstream.transport.abort()
 
     def moved(self, size: int, *, inbound: bool) -> None:
-        self.seen = self._clock()
+        self.seen = monotonic()
         if inbound:
             self.bytes_in += size
         else:

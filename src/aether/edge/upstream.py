@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
@@ -30,6 +31,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_chunks",
         "_exchange",
         "_interim",
+        "_keep_secs",
         "_left",
         "_paused",
         "_reusable",
@@ -63,6 +65,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._chunks = _NO_CHUNKS
         self._reusable = False
         self._paused = False
+        self._keep_secs = 0.0
 
     def begin(self, exchange: Exchange, data: bytes) -> None:
         """Send a request (its head and what there is of its body) and give the answer to `exchange`."""
@@ -128,7 +131,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.backend.forget(self)
         elif self._state == _TO_CLOSE and exc is None:
             self._end(exchange)
-            exchange.answer_body(b"", ended=True)
+            exchange.answer_body(b"", True)
         else:
             self._exchange = None
             exchange.upstream_lost(self)
@@ -142,13 +145,13 @@ class UpstreamConnection(asyncio.Protocol):
             size = len(data)
             if size < self._left:
                 self._left -= size
-                exchange.answer_body(data, ended=False)
+                exchange.answer_body(data, False)
             else:
                 if size > self._left:
                     self._reusable = False
                     data = data[: self._left]
                 self._end(exchange)
-                exchange.answer_body(data, ended=True)
+                exchange.answer_body(data, True)
         elif state == _HEAD:
             self._take_head(exchange, data)
         elif state == _CHUNKED:
@@ -158,9 +161,9 @@ class UpstreamConnection(asyncio.Protocol):
                 if ended:
                     self._end(exchange)
                 if payload or ended:
-                    exchange.answer_body(payload, ended=ended)
+                    exchange.answer_body(payload, ended)
         else:
-            exchange.answer_body(data, ended=False)
+            exchange.answer_body(data, False)
 
     def _take_head(self, exchange: Exchange, data: bytes) -> None:
         self.heard = True
@@ -175,7 +178,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._buffer = data
                 return
             try:
-                head = parse_response(data, end + 2)
+                head = parse_response(data, end)
             except HeadError as error:
                 self._fail(exchange, f"the app answered badly: {error.message}")
                 return
@@ -195,9 +198,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._start_body(exchange, head, data)
 
     def _start_body(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
+        now = monotonic()
         self._reusable = head.keep_alive
+        self._keep_secs = exchange.pool_secs
         if head.keep_alive_secs:
-            exchange.keep_upstream_secs(head.keep_alive_secs)
+            # the upstream closes idle connections after that time: leave well before
+            self._keep_secs = min(self._keep_secs, head.keep_alive_secs * 0.8)
         ended = False
         if exchange.is_head or head.status in (204, 304):
             ended = True
@@ -224,7 +230,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._reusable = False
         if ended:
             self._end(exchange)
-        exchange.answer(head, data, ended=ended)
+        exchange.answer(head, data, ended, now)
 
     def _decode(self, exchange: Exchange, data: bytes) -> tuple[bytes, bool] | None:
         """Payload of a chunked answer and whether it has ended; None when it is broken (and dealt with)."""
@@ -249,9 +255,10 @@ class UpstreamConnection(asyncio.Protocol):
         if self.closed:
             return
         if self._reusable and exchange.upload_done and not self.write_paused:
-            self.resume_reading()
+            if self._paused:
+                self.resume_reading()
             self.reused = True
-            self.idle_until = exchange.pool_until()
+            self.idle_until = monotonic() + self._keep_secs
             self.backend.give(self, exchange.pool_size)
         else:
             self.close()

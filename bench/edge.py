@@ -1,0 +1,311 @@
+"""Edge against nginx: the same keep-alive upstream, the same logging, one CPU for the proxy, interleaved runs.
+
+Runs wrk -c32 for about two seconds against nginx and the edge in the order A B B A, proxy pinned to one CPU, wrk and
+the upstream to the other. Prints the median of the paired throughput ratios and its range, and CPU seconds per
+1,000 requests; writes bench/out/edge.json. The edge routes by Host, chooses between two backends and keeps a record
+of every request, as in production.
+
+    python bench/edge.py [--pairs 8] [--secs 2] [--log off|on] [--check RATIO]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROXY_CPU, LOAD_CPU = 0, 1
+BODY = "hello from an app\n"
+
+NGINX = """
+worker_processes 1;
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log crit;
+events {{ worker_connections 4096; }}
+http {{
+    access_log {access};
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    keepalive_requests 100000000;
+    upstream app {{
+        random two least_conn;
+        server 127.0.0.1:{one};
+        server 127.0.0.1:{two};
+        keepalive 128;
+        keepalive_requests 100000000;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        server_name hello.localhost;
+        location / {{
+            proxy_pass http://app;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_set_header Host $host;
+            proxy_set_header X-Forwarded-For $remote_addr;
+            proxy_set_header X-Forwarded-Proto $scheme;
+            proxy_set_header X-Forwarded-Host $http_host;
+            proxy_set_header X-Request-Id $request_id;
+        }}
+    }}
+}}
+"""
+
+UPSTREAM = """
+worker_processes 1;
+daemon off;
+pid {folder}/upstream.pid;
+error_log {folder}/upstream-error.log crit;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/u-body;
+    proxy_temp_path {folder}/u-proxy;
+    fastcgi_temp_path {folder}/u-fastcgi;
+    uwsgi_temp_path {folder}/u-uwsgi;
+    scgi_temp_path {folder}/u-scgi;
+    keepalive_requests 100000000;
+    server {{
+        listen 127.0.0.1:{one};
+        listen 127.0.0.1:{two};
+        location / {{ default_type text/plain; return 200 "{body}"; }}
+    }}
+}}
+"""
+
+
+def main() -> int:
+    options = _arguments()
+    if options.serve is not None:
+        _serve(options.serve, options.upstreams, options.log)
+        return 0
+    missing = [tool for tool in ("wrk", "nginx", "taskset") if shutil.which(tool) is None]
+    if missing:
+        print(f"this benchmark needs {', '.join(missing)}", file=sys.stderr)
+        return 2
+    result = _compare(options.pairs, options.secs, options.log)
+    out = ROOT / "bench" / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "edge.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"edge / nginx: median {result['ratio']['median']:.3f} x "
+        f"(range {result['ratio']['min']:.3f} to {result['ratio']['max']:.3f}, {options.pairs} pairs, "
+        f"logging {options.log})"
+    )
+    for name in ("nginx", "edge"):
+        row = result[name]
+        print(
+            f"{name:>6}: {row['requests_per_sec']:8.0f} requests/s, "
+            f"{row['cpu_secs_per_1000']:.4f} CPU s per 1,000 requests"
+        )
+    print(f"CPU seconds edge / nginx: median {result['cpu_ratio']['median']:.3f} x")
+    if options.check is not None and result["ratio"]["max"] < options.check:
+        print(f"below the bar of {options.check}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--secs", type=float, default=2.0)
+    parser.add_argument("--log", choices=("off", "on"), default="off", help="write an access log line per request")
+    parser.add_argument("--check", type=float, help="exit 1 when the whole range lies below this ratio")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--upstreams", type=int, nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _compare(pairs: int, secs: float, log: str) -> dict[str, object]:
+    one, two, nginx_port, edge_port = _free_ports(4)
+    children: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # an unprivileged worker must be able to use the folder when the benchmark runs as root
+        folder.chmod(0o777)
+        fields = {
+            "folder": folder,
+            "one": one,
+            "two": two,
+            "port": nginx_port,
+            "body": BODY.strip(),
+            "access": "off" if log == "off" else f"{folder}/access.log",
+        }
+        (folder / "upstream.conf").write_text(UPSTREAM.format(**fields))
+        (folder / "nginx.conf").write_text(NGINX.format(**fields))
+        try:
+            children.append(_pinned(LOAD_CPU, ["nginx", "-p", name, "-c", str(folder / "upstream.conf")]))
+            nginx = _pinned(PROXY_CPU, ["nginx", "-p", name, "-c", str(folder / "nginx.conf")])
+            children.append(nginx)
+            command = [sys.executable, __file__, "--serve", str(edge_port), "--log", log]
+            edge = _pinned(PROXY_CPU, [*command, "--upstreams", str(one), str(two)], cwd=name)
+            children.append(edge)
+            for port in (one, two, nginx_port, edge_port):
+                _wait_for(port)
+            sides = {"nginx": (nginx_port, nginx.pid), "edge": (edge_port, edge.pid)}
+            for port, pid in sides.values():
+                _measure(port, pid, 0.5)
+            return _interleave(sides, pairs, secs, log)
+        finally:
+            for child in children:
+                child.send_signal(signal.SIGTERM)
+            for child in children:
+                child.wait(10)
+
+
+def _interleave(sides: dict[str, tuple[int, int]], pairs: int, secs: float, log: str) -> dict[str, object]:
+    runs: dict[str, list[tuple[float, float]]] = {"nginx": [], "edge": []}
+    for number in range(pairs):
+        order = ("nginx", "edge") if number % 2 == 0 else ("edge", "nginx")
+        for side in order:
+            runs[side].append(_measure(*sides[side], secs))
+    ratios = [edge[0] / nginx[0] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
+    cpu = [edge[1] / nginx[1] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
+    result: dict[str, object] = {
+        "bench": "edge",
+        "pairs": pairs,
+        "secs": secs,
+        "logging": log,
+        "ratio": _spread(ratios),
+        "cpu_ratio": _spread(cpu),
+    }
+    for side, values in runs.items():
+        result[side] = {
+            "requests_per_sec": statistics.median(v[0] for v in values),
+            "cpu_secs_per_1000": statistics.median(v[1] for v in values),
+        }
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, float | list[float]]:
+    rounded = [round(value, 4) for value in values]
+    return {"median": statistics.median(rounded), "min": min(rounded), "max": max(rounded), "all": rounded}
+
+
+def _measure(port: int, pid: int, secs: float) -> tuple[float, float]:
+    """(requests per second, CPU seconds of the proxy per 1,000 requests)."""
+    before, started = _cpu_secs(pid), time.monotonic()
+    command = ["taskset", "-c", str(LOAD_CPU), "wrk", "-t1", "-c32", "-d", f"{secs:g}s"]
+    if secs != int(secs):
+        command[-1] = f"{max(1, round(secs))}s"
+    text = subprocess.run(
+        [*command, "-H", "Host: hello.localhost", f"http://127.0.0.1:{port}/"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    took, used = time.monotonic() - started, _cpu_secs(pid) - before
+    found = re.search(r"(\d+) requests in ([\d.]+)(ms|s)", text)
+    if found is None or "Non-2xx" in text or "Socket errors" in text:
+        raise RuntimeError(f"wrk met errors in {took:.1f} s:\n{text}")
+    requests = int(found[1])
+    duration = float(found[2]) / (1000 if found[3] == "ms" else 1)
+    return requests / duration, used / requests * 1000
+
+
+def _cpu_secs(pid: int) -> float:
+    """User and system time of a process and its children (nginx works in a child)."""
+    total = 0.0
+    for one in [pid, *_children(pid)]:
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _pinned(cpu: int, command: list[str], cwd: str | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["taskset", "-c", str(cpu), *command], cwd=cwd)
+
+
+def _free_ports(count: int) -> list[int]:
+    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in socks]
+    for sock in socks:
+        sock.close()
+    return ports
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _serve(port: int, upstreams: list[int], log: str) -> None:
+    """The edge as a process of its own, until SIGTERM."""
+    import uvloop
+
+    uvloop.run(_edge(port, upstreams, log))
+
+
+async def _edge(port: int, upstreams: list[int], log: str) -> None:
+    from types import SimpleNamespace
+
+    from aether.edge.options import EdgeOptions, RequestRecord
+    from aether.edge.server import Edge
+    from aether.edge.table import RouteTable
+
+    class Upstream:
+        def __init__(self, at: int) -> None:
+            self.spec = SimpleNamespace(instance_id=f"i{at}")
+            self.at = at
+
+        async def dial(self) -> socket.socket:
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.at))
+            return sock
+
+    statuses: dict[tuple[str | None, int], int] = {}
+    slowest: dict[str | None, float] = {}
+    lines = open("edge-access.log", "w") if log == "on" else None  # noqa: SIM115
+
+    def keep(record: RequestRecord) -> None:
+        key = (record.app, record.status)
+        statuses[key] = statuses.get(key, 0) + 1
+        if record.duration > slowest.get(record.app, 0.0):
+            slowest[record.app] = record.duration
+        if lines is not None:
+            lines.write(f"{record.app} {record.method} {record.status} {record.duration:.6f} {record.bytes_out}\n")
+
+    table = RouteTable()
+    table.route("hello", [table.add("hello", Upstream(at)) for at in upstreams])  # pyright: ignore
+    edge = Edge(table, EdgeOptions(), keep)
+    await edge.start("127.0.0.1", port)
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    await stopped.wait()
+    await edge.close(1)
+    if lines is not None:
+        lines.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
