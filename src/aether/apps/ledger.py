@@ -18,7 +18,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.apps.broadcast import Broadcast
 from aether.apps.records import (
-    UNDER_WAY_VALUES,
     DeploymentError,
     DeploymentRow,
     config_env,
@@ -94,7 +93,7 @@ class Ledger:
             await tx.execute(
                 sa.update(deployments)
                 .where(deployments.c.id == deployment_id)
-                .values(epoch=row.epoch + 1, lease_owner=self.owner, lease_expires_at=lease_end(row))
+                .values(epoch=row.epoch + 1, lease_owner=self.owner, lease_expires_at=lease_end(row.timeout_secs))
             )
         return Claim(deployment_id, row.app_id, row.epoch + 1), row
 
@@ -252,21 +251,14 @@ class Ledger:
             return list(found.scalars())
 
 
-def lease_end(row: DeploymentRow) -> int:
+def lease_end(timeout_secs: float) -> int:
     """Rollouts end by their deadline, so a lease that lasts a little longer needs no renewal."""
-    return now_us() + int(row.timeout_secs * 1_000_000) + LEASE_SLACK_US
+    return now_us() + int(timeout_secs * 1_000_000) + LEASE_SLACK_US
 
 
 def deadline_us(row: DeploymentRow) -> int:
     """When the rollout must have ended, in microseconds since the epoch; kept over restarts of the server."""
     return (row.rollout_started_at or now_us()) + int(row.timeout_secs * 1_000_000)
-
-
-async def under_way_of(tx: AsyncConnection, app_id: str) -> Sequence[str]:
-    found = await tx.execute(
-        sa.select(deployments.c.id).where(deployments.c.app_id == app_id, deployments.c.status.in_(UNDER_WAY_VALUES))
-    )
-    return list(found.scalars())
 
 
 async def _set_instances(tx: AsyncConnection, instance_ids: Sequence[str], status: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class Runtime(Protocol):
 
     def logs(
         self, instance_id: str, app: str, *, since_ns: int = 0, tail: int | None = None, follow: bool = False
-    ) -> AsyncIterator[LogRecord]:
+    ) -> AsyncGenerator[LogRecord]:
         """Records in order, each once; with `follow` goes on until the instance has ended and all is read."""
         ...
 
@@ -96,3 +96,25 @@ class ArtifactSource(Protocol):
         ...
 
     async def discard(self, app: str, digest: str) -> None: ...
+
+    async def unpacked(self, app: str) -> Sequence[str]:
+        """Digests that have a folder."""
+        ...
+
+    async def discard_app(self, app: str) -> None:
+        """Take away everything of a deleted app."""
+        ...
+
+
+class ArtifactObjects(Protocol):
+    """Where artifacts are stored, as far as unpacking and deleting an app need it."""
+
+    def local_path(self, key: str) -> str | None: ...
+
+    def read(self, key: str, chunk_bytes: int = 1 << 20) -> AsyncIterator[bytes]: ...
+
+    async def delete(self, key: str) -> None: ...
+
+    def list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
+        """Yield (key, size in bytes, modified at in seconds since the epoch)."""
+        ...

@@ -107,7 +107,8 @@ class Rollout:
             if self._status is not DeploymentStatus.ACTIVE and self._new is not None:
                 self._take_over(self._new)
         elif self._status is not DeploymentStatus.ACTIVE:
-            self._status = recorded if recorded in SETTLED else DeploymentStatus.CANCELLED
+            settled = recorded is not None and recorded in SETTLED
+            self._status = recorded if recorded is not None and settled else DeploymentStatus.CANCELLED
         self._wake.set()
 
     async def run(self) -> None:

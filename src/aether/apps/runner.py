@@ -33,7 +33,9 @@ class Group:
         return replica
 
     def keep_up(self) -> None:
-        """From now on an instance that ends is replaced, also one that has ended already."""
+        """From now on the release runs: an instance that ends is replaced, also one that has ended already."""
+        if not self.replicas:
+            self.add()
         for replica in self.replicas:
             replica.keep = True
             replica.run()
