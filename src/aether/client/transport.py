@@ -1,0 +1,416 @@
+"""HTTP to one server over http.client: dialling, keep-alive, deadlines, retries, redirects, error envelopes.
+
+It knows nothing of the API's routes (`api`) and follows no stream over a reconnect (`follow`).
+
+    NetworkError          the server was not reached, or the connection broke
+    └── StreamBroken      a stream ended before its sender ended it; the caller may resume
+    AetherError           what the server's envelope says
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import socket
+import ssl
+import time
+from urllib.parse import urlencode, urljoin, urlsplit
+
+from aether import __version__
+from aether.client.dial import BLOCK_BYTES, CONNECT_TIMEOUT_S, Connection, Origin
+from aether.model.errors import AetherError, NetworkError, from_wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, Protocol
+
+    class Body(Protocol):
+        """What http.client can send: an object it reads in blocks."""
+
+        def read(self, size: int = -1, /) -> bytes: ...
+
+    Query = Mapping[str, "str | int | None"]
+    OnEvent = Callable[[str, dict[str, object]], None]
+
+ATTEMPTS = 3
+MAX_REDIRECTS = 5
+MAX_REPLY_BYTES = 64 * 1024 * 1024
+_REPEATABLE = frozenset({"GET", "HEAD", "PUT"})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    409: "conflict",
+    413: "payload_too_large",
+    429: "rate_limited",
+    502: "bad_gateway",
+    503: "service_unavailable",
+    504: "gateway_timeout",
+}
+
+
+class StreamBroken(NetworkError):
+    """A stream was cut or went silent for longer than its sender's keep-alive allows."""
+
+
+class Reply:
+    """A whole answer. Header names are lower case."""
+
+    __slots__ = ("body", "headers", "origin", "status")
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes, origin: Origin) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.origin = origin
+
+    def json(self) -> Any:
+        """The body as JSON; raises NetworkError when it is something else."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise NetworkError(
+                f"{self.origin} does not answer like an Aether server: is the address right?"
+            ) from None
+
+
+class Stream:
+    """An answer that is read while it is being sent, on a connection of its own."""
+
+    def __init__(self, connection: Connection, response: http.client.HTTPResponse) -> None:
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self._connection = connection
+        self._response = response
+
+    def read(self, timeout_s: float) -> bytes:
+        """The bytes that have come, at least one; `b""` after the sender's end. Raises StreamBroken."""
+        self._connection.limit(timeout_s)
+        try:
+            return self._response.read1(BLOCK_BYTES)
+        except TimeoutError:
+            raise StreamBroken(f"{self._connection.origin} went silent") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise StreamBroken(f"the connection to {self._connection.origin} broke") from error
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Transport:
+    """One server and one token; keeps one idle connection. Not for use by several threads at once."""
+
+    def __init__(
+        self, base: str, token: str | None = None, *, timeout_s: float = 30.0, on_event: OnEvent | None = None
+    ) -> None:
+        self.base = base
+        self.origin = Origin(base)
+        self.token = token
+        self.timeout_s = timeout_s
+        self._prefix = "" if self.origin.path else urlsplit(base).path.rstrip("/")
+        self._idle: Connection | None = None
+        self._on_event = on_event
+
+    def close(self) -> None:
+        if self._idle is not None:
+            self._idle.close()
+            self._idle = None
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        content: object = None,
+        headers: Mapping[str, str] | None = None,
+        repeatable: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """Send `content` as JSON and return the answer with status below 300.
+
+        `timeout_s` bounds the whole call. A call that never reached the server is tried again; one that may have is
+        tried again only if `repeatable` (default: GET, HEAD, PUT). Raises NetworkError, or what the envelope says.
+        """
+        body = None if content is None else json.dumps(content).encode()
+        fields = dict(headers or {})
+        if body is not None:
+            fields["Content-Type"] = "application/json"
+        return self._call(
+            method,
+            self._url(path, query),
+            fields,
+            (lambda: body) if body is not None else None,
+            method in _REPEATABLE if repeatable is None else repeatable,
+            time.monotonic() + (timeout_s or self.timeout_s),
+            None,
+        )
+
+    def put_file(
+        self,
+        url: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        progress: Callable[[int], None] | None = None,
+        block_timeout_s: float = 300.0,
+    ) -> int:
+        """PUT the file `path` to `url` (absolute, or a path of this server) and return the bytes sent.
+
+        `progress` gets the bytes sent so far of the running attempt. `block_timeout_s` bounds each block of
+        1 MiB and the wait for the answer, not the whole: slow links are allowed. Raises NetworkError,
+        LocalIOError, or what the envelope says.
+        """
+        from aether.client.upload import FileBody
+
+        url = url if "://" in url else self._url(url, None)
+        with FileBody(path, progress) as body:
+            fields = {**(headers or {}), "Content-Length": str(body.size)}
+            fields.setdefault("Content-Type", "application/gzip")
+            self._call("PUT", url, fields, body.rewound, True, None, block_timeout_s)
+            return body.size
+
+    def stream(
+        self,
+        path: str,
+        *,
+        query: Query | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """GET `path` and return the open answer; one attempt. `timeout_s` bounds the wait for its headers."""
+        connection = Connection(self.origin)
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        try:
+            connection.open(min(CONNECT_TIMEOUT_S, deadline - time.monotonic()))
+            connection.limit(deadline - time.monotonic())
+            url = self._url(path, query)
+            connection.request("GET", _target(url), headers=self._headers(self.origin, headers))
+            response = connection.getresponse()
+            self._note("http", method="GET", url=_shown(url), status=response.status)
+            if response.status != 200:
+                raise self._failure(self._reply(connection, response, deadline), "GET")
+        except BaseException as error:
+            connection.close()
+            raise self._named(error, connection.origin) from error
+        return Stream(connection, response)
+
+    def _call(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        make_body: Callable[[], bytes | Body | None] | None,
+        repeatable: bool,
+        deadline: float | None,
+        block_timeout_s: float | None,
+    ) -> Reply:
+        attempt, redirects = 0, 0
+        while True:
+            attempt += 1
+            origin = self.origin if self.origin.path else Origin(url)
+            connection: Connection | None = None
+            started = time.monotonic()
+            try:
+                connection = self._connected(origin, deadline)
+                reply = self._exchange(
+                    connection, method, url, headers, make_body and make_body(), deadline, block_timeout_s
+                )
+            except (OSError, http.client.HTTPException) as error:
+                reached = connection is not None
+                if connection is not None:
+                    connection.close()
+                self._note("http", method=method, url=_shown(url), failed=str(error) or type(error).__name__)
+                again = not isinstance(error, (TimeoutError, socket.gaierror, ssl.SSLError)) and (
+                    repeatable or not reached
+                )
+                pause = _backoff(attempt)
+                if (
+                    not again
+                    or attempt >= ATTEMPTS
+                    or (deadline is not None and time.monotonic() + pause >= deadline)
+                ):
+                    raise self._named(error, origin) from error
+                time.sleep(pause)
+                continue
+            except BaseException:
+                # also Ctrl-C: half an answer must not meet the next request
+                if connection is not None:
+                    connection.close()
+                raise
+            took_ms = round((time.monotonic() - started) * 1000, 1)
+            self._note("http", method=method, url=_shown(url), status=reply.status, ms=took_ms)
+            location = reply.headers.get("location")
+            if reply.status not in _REDIRECTS or not location:
+                if reply.status >= 300:
+                    raise self._failure(reply, method)
+                return reply
+            redirects += 1
+            if redirects > MAX_REDIRECTS:
+                raise NetworkError(f"{origin} redirects without end")
+            target = urljoin(url, location)
+            if method not in ("GET", "HEAD") and reply.status not in (307, 308):
+                raise NetworkError(f"{origin} answered {method} with a redirect that would turn it into a GET")
+            there = Origin(target)
+            if origin.scheme == "https" and there.scheme != "https":
+                raise NetworkError(f"{origin} redirects to {there} without TLS: refused")
+            url, attempt = target, 0
+
+    def _connected(self, origin: Origin, deadline: float | None) -> Connection:
+        idle, self._idle = self._idle, None
+        if idle is not None:
+            if idle.origin.same(origin) and idle.is_fresh():
+                return idle
+            idle.close()
+        connection = Connection(origin)
+        left = CONNECT_TIMEOUT_S if deadline is None else min(CONNECT_TIMEOUT_S, deadline - time.monotonic())
+        connection.open(max(left, 0.001))
+        return connection
+
+    def _exchange(
+        self,
+        connection: Connection,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | Body | None,
+        deadline: float | None,
+        block_timeout_s: float | None,
+    ) -> Reply:
+        def limit() -> None:
+            connection.limit(block_timeout_s or (deadline or 0.0) - time.monotonic())
+
+        limit()
+        try:
+            connection.request(method, _target(url), body=body, headers=self._headers(connection.origin, headers))
+        except (BrokenPipeError, ConnectionResetError) as broken:
+            # a server may refuse an upload before it has read it all; its reason is worth more than the broken pipe
+            try:
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException):
+                raise broken from None
+            reply = self._reply(connection, response, deadline)
+            connection.close()
+            if reply.status < 300:
+                raise
+            return reply
+        limit()
+        response = connection.getresponse()
+        reply = self._reply(connection, response, deadline)
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle = connection
+        return reply
+
+    def _reply(self, connection: Connection, response: http.client.HTTPResponse, deadline: float | None) -> Reply:
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            if deadline is not None:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
+                connection.limit(left)
+            piece = response.read1(BLOCK_BYTES)
+            if not piece:
+                break
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_REPLY_BYTES:
+                raise NetworkError(f"{connection.origin} sent more than {MAX_REPLY_BYTES} bytes")
+        # read1 does not complain about a body that ends early
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        response.close()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, headers, b"".join(pieces), connection.origin)
+
+    def _headers(self, origin: Origin, extra: Mapping[str, str] | None) -> dict[str, str]:
+        headers = {"Host": origin.host_header(), "Accept": "application/json", "User-Agent": f"aether/{__version__}"}
+        if self.token and origin.same(self.origin):
+            headers["Authorization"] = f"Bearer {self.token}"
+        headers.update(extra or {})
+        return headers
+
+    def _url(self, path: str, query: Query | None) -> str:
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        start = "unix://" if self.origin.path else f"{self.origin.scheme}://{self.origin.host_header()}"
+        return f"{start}{self._prefix}{path}" + (f"?{urlencode(given)}" if given else "")
+
+    def _failure(self, reply: Reply, method: str) -> AetherError:
+        """The error of an answer with status 300 or above."""
+        envelope: dict[str, Any] = {}
+        if reply.body.lstrip()[:1] == b"{":
+            try:
+                envelope = json.loads(reply.body)
+            except ValueError:
+                envelope = {}
+        if isinstance(envelope.get("code"), str):
+            details: dict[str, Any] = envelope.get("details") or {}
+            if envelope.get("trace_id"):
+                details["trace_id"] = envelope["trace_id"]
+            error = from_wire(reply.status, envelope["code"], str(envelope.get("message", "")), details)
+        else:
+            code = _CODES.get(reply.status, "internal" if reply.status >= 500 else "bad_request")
+            said = http.client.responses.get(reply.status, "no reason given")
+            error = from_wire(reply.status, code, f"{reply.origin} answered {reply.status} ({said}) to {method}")
+        if error.code == "unauthorized":
+            hint = (
+                "run 'aether login'" if not self.token else "the token is not valid there: run 'aether login' again"
+            )
+            error.message = f"{error.message or 'not logged in'} ({reply.origin}): {hint}"
+            error.args = (error.message,)
+        return error
+
+    def _named(self, error: BaseException, origin: Origin) -> BaseException:
+        """`error` with a remedy a user can follow; errors that need none stay as they are."""
+        if isinstance(error, ConnectionRefusedError) or (origin.path and isinstance(error, FileNotFoundError)):
+            hint = (
+                "is the server running? Start it with 'aether up'" if origin.is_loopback else "is the server running?"
+            )
+            return NetworkError(f"nothing answers at {origin}: {hint}, or set AETHER_API_BASE")
+        if isinstance(error, TimeoutError):
+            return NetworkError(f"{origin} did not answer in time")
+        if isinstance(error, socket.gaierror):
+            return NetworkError(f"the name of {origin} cannot be resolved: is AETHER_API_BASE right?")
+        if isinstance(error, ssl.SSLError):
+            return NetworkError(f"no TLS connection to {origin}: {error.reason or error}")
+        if isinstance(error, (OSError, http.client.HTTPException)):
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+            return NetworkError(f"the connection to {origin} failed ({reason}): is the server running?")
+        return error
+
+    def _note(self, event: str, **fields: object) -> None:
+        if self._on_event is not None:
+            self._on_event(event, fields)
+
+
+def _target(url: str) -> str:
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _shown(url: str) -> str:
+    """`url` for a log line: a signed URL's query is a credential."""
+    return url.split("?", 1)[0]
+
+
+def _backoff(attempt: int) -> float:
+    return (0.1 * 2 ** (attempt - 1)) * (0.5 + random.random() / 2)
