@@ -11,7 +11,7 @@ _MAX_HOPS = 40
 
 
 def escapes(name: bytes, target: bytes, links: Mapping[bytes, bytes]) -> bool:
-    """True when the link `name` → `target` is absolute, empty, or leaves the tree whose links are `links` (name → target).
+    """True when the link `name` → `target` is absolute, empty or leaves the tree; `links` are all its links by name.
 
     What the target names need not exist. Bound: 40 links followed, as the kernel does.
     """

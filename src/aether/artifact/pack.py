@@ -157,11 +157,11 @@ def _write(
                 files += 1
             elif kind == DIRECTORY:
                 reader.put(name, headers.header(name + b"/", headers.MODE_DIRECTORY, 0, headers.TYPE_DIRECTORY))
-                lines.append('{"path":%s,"type":"directory","mode":"0755"}' % _json(name))
+                lines.append(f'{{"path":{_json(name)},"type":"directory","mode":"0755"}}')
             else:
                 target = targets[name]
                 reader.put(name, headers.header(name, headers.MODE_LINK, 0, headers.TYPE_LINK, target))
-                lines.append('{"path":%s,"type":"symlink","mode":"0777","target":%s}' % (_json(name), _json(target)))
+                lines.append(f'{{"path":{_json(name)},"type":"symlink","mode":"0777","target":{_json(target)}}}')
         reader.end()
         os.fsync(out.fileno())
         if progress is not None:
@@ -229,7 +229,7 @@ class _Reader:
             _cannot_read(name, error)
         finally:
             os.close(fd)
-        return '{"path":%s,"type":"file","mode":"%04o","size":%d,"sha256":"%s"}' % (_json(name), mode, size, digest)
+        return f'{{"path":{_json(name)},"type":"file","mode":"{mode:04o}","size":{size},"sha256":"{digest}"}}'
 
     def _large(self, name: bytes, fd: int, block: bytes, size: int, padding: int, mtime_ns: int) -> str:
         if self._at:
@@ -264,15 +264,13 @@ def _json(name: bytes) -> str:
     try:
         return encode_basestring_ascii(name.decode("utf-8"))
     except UnicodeDecodeError:
-        return '{"base64":"%s"}' % b64encode(name).decode("ascii")
+        return f'{{"base64":"{b64encode(name).decode("ascii")}"}}'
 
 
 def _write_manifest(path: Path, lines: list[str], digest: str, content_digest: str, pipeline: Pipeline) -> None:
-    head = '{"version":1,"digest":"%s","content_digest":"%s","size_bytes":%d,"tar_bytes":%d,"entries":[\n' % (
-        digest,
-        content_digest,
-        pipeline.size_bytes,
-        pipeline.tar_bytes,
+    head = (
+        f'{{"version":1,"digest":"{digest}","content_digest":"{content_digest}",'
+        f'"size_bytes":{pipeline.size_bytes},"tar_bytes":{pipeline.tar_bytes},"entries":[\n'
     )
     with path.open("x", encoding="ascii", newline="\n") as out:
         out.write(head)

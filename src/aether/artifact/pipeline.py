@@ -7,12 +7,13 @@ One thread hashes the tar, some compress, one hashes and writes the compressed m
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from hashlib import sha256
 from io import FileIO
 from queue import SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
+
+from aether.artifact.codec import deflater
 
 CAPACITY = 1 << 20
 """Bytes of one segment at most."""
@@ -20,7 +21,6 @@ CAPACITY = 1 << 20
 _ROOM = CAPACITY + 4096
 _MEMBER_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 """RFC 1952: deflate, no flags, no time, no extra flags, unknown system."""
-_ISAL_MAX_LEVEL = 3
 
 
 class _Segment:
@@ -44,7 +44,7 @@ class Pipeline:
     def __init__(self, out: FileIO, level: int) -> None:
         workers = max(2, min(8, os.cpu_count() or 2))
         self._out = out
-        self._compress = _compressor(level)
+        self._compress = deflater(level)
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(2 * workers + 4):
             self._free.put(memoryview(bytearray(_ROOM)))
@@ -131,8 +131,7 @@ class Pipeline:
                     data = segment.buffer[: segment.size]
                     tail = struct.pack("<II", zlib.crc32(data), segment.size)
                     member = [_MEMBER_HEAD, self._compress(data), tail]
-            except BaseException as error:
-                # kept for the thread that packs, which raises it
+            except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
                 self._error = error
             finally:
                 self._release(segment)
@@ -151,16 +150,6 @@ class Pipeline:
                 view = memoryview(data)
                 while view:
                     view = view[self._out.write(view) or 0 :]
-            except BaseException as error:
-                # kept for the thread that packs, which raises it
+            except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
                 self._error = error
         self.digest = hashed.hexdigest()
-
-
-def _compressor(level: int) -> Callable[[memoryview], bytes]:
-    if level <= _ISAL_MAX_LEVEL:
-        from isal import igzip_lib
-
-        raw = igzip_lib.COMP_DEFLATE
-        return lambda data: igzip_lib.compress(data, level, raw)
-    return lambda data: zlib.compress(data, level, wbits=-15)

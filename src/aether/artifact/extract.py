@@ -1,0 +1,277 @@
+"""Unpacking an artifact for the server: complete or absent, and never outside of its folder.
+
+Reading and checking is done in `inflate` and `reader`; here members become files below a private folder that is
+renamed at the end. Files are opened relative to folder handles that follow no link, and links are made last, after
+all of them were judged together, so that nothing is ever written through one.
+Modification times are those of unpacking, not the archive's fixed one: servers of static files derive validators
+(ETag, Last-Modified) from size and time, and a fixed time would make a changed file look unchanged.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from queue import Queue
+from threading import Event, Thread
+
+from aether.artifact.headers import BLOCK
+from aether.artifact.inflate import ArchiveTooLarge, InvalidArchive, inflate
+from aether.artifact.links import escapes
+from aether.artifact.reader import Member, Pieces, members
+from aether.artifact.tree import DIRECTORY, FILE, LINK, show
+
+__all__ = ["ArchiveTooLarge", "ExtractLimits", "ExtractStats", "InvalidArchive", "extract", "flush", "sweep"]
+
+_TEMPORARY = ".extracting-"
+_AHEAD = 8
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractLimits:
+    """Caps on what may come out of an archive: bytes of tar, members, and bytes out per byte in."""
+
+    max_bytes: int = 4 << 30
+    max_entries: int = 500_000
+    max_ratio: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractStats:
+    """What was unpacked; `content_digest` is the SHA-256 of the tar stream as it was read."""
+
+    files: int
+    directories: int
+    links: int
+    bytes: int
+    tar_bytes: int
+    content_digest: str
+
+
+def extract(
+    archive: Path, target: Path, *, limits: ExtractLimits | None = None, durable: bool = False
+) -> ExtractStats:
+    """Unpack `archive` into the new folder `target`, whose parent must exist.
+
+    A killed process leaves no half-made `target`. A lost machine may, unless `durable` puts the data on disk first
+    (`flush`, seconds for a large tree); a server can answer sooner by flushing later and noting when that was done.
+    Raises InvalidArchive or ArchiveTooLarge (both BadRequest) and leaves nothing, FileExistsError when `target`
+    exists, OSError of the disk. Blocks: call it from a thread.
+    """
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} exists already")
+    work = target.parent / f"{_TEMPORARY}{os.getpid()}-{os.urandom(6).hex()}"
+    work.mkdir(mode=0o755)
+    try:
+        with _Pump(archive, limits or ExtractLimits()) as pump:
+            stats = _unpack(pump, work, limits or ExtractLimits())
+        if durable:
+            flush(work)
+        # rename(2) would replace an empty folder silently; an artifact without members is such a folder
+        if target.exists():
+            raise FileExistsError(f"{target} exists already")
+        work.rename(target)
+        if durable:
+            _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return stats
+
+
+def sweep(parent: Path) -> int:
+    """Remove what killed extractions left in `parent`; returns how many. Call it before any extraction starts."""
+    left = [item for item in parent.iterdir() if item.name.startswith(_TEMPORARY)]
+    for item in left:
+        shutil.rmtree(item)
+    return len(left)
+
+
+class _Pump:
+    """Decompresses and hashes in a thread of its own, a bounded number of pieces ahead; iterate for the pieces."""
+
+    def __init__(self, archive: Path, limits: ExtractLimits) -> None:
+        self._archive, self._limits = archive, limits
+        self._queue: Queue[bytes | BaseException | None] = Queue(_AHEAD)
+        self._stop = Event()
+        self._thread = Thread(target=self._run, name="aether-inflate")
+        self.content_digest = ""
+        self.tar_bytes = 0
+
+    def __enter__(self) -> "_Pump":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            while not self._queue.empty():
+                self._queue.get()
+            self._thread.join(0.01)
+
+    def _run(self) -> None:
+        hashed = sha256()
+        try:
+            with self._archive.open("rb", buffering=0) as source:
+                limits = self._limits
+                for piece in inflate(source, max_bytes=limits.max_bytes, max_ratio=limits.max_ratio):
+                    hashed.update(piece)
+                    self.tar_bytes += len(piece)
+                    self._queue.put(piece)
+                    if self._stop.is_set():
+                        return
+            self.content_digest = hashed.hexdigest()
+            self._queue.put(None)
+        except BaseException as error:  # noqa: BLE001 (raised again by the thread that unpacks)
+            self._queue.put(error)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while (piece := self._queue.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+
+def _unpack(pump: _Pump, work: Path, limits: ExtractLimits) -> ExtractStats:
+    stream = Pieces(iter(pump))
+    known: dict[bytes, str] = {b"": DIRECTORY}
+    links: dict[bytes, bytes] = {}
+    files = size = 0
+    with _Folders(work) as folders:
+        for member in members(stream):
+            if len(known) > limits.max_entries:
+                raise ArchiveTooLarge(f"the archive has more than {limits.max_entries} members")
+            if _is_new(member, known, folders):
+                if member.kind == FILE:
+                    folders.file(member, stream)
+                    files += 1
+                    size += member.size
+                elif member.kind == LINK:
+                    links[member.name] = member.target
+                else:
+                    folders.make(member.name)
+            if member.kind == FILE:
+                stream.take(-member.size % BLOCK)
+        for name, target in links.items():
+            if escapes(name, target, links):
+                raise InvalidArchive(f"'{show(name)}' links to '{show(target)}', outside of the archive")
+        for name, target in links.items():
+            folders.link(name, target)
+    directories = sum(kind == DIRECTORY for kind in known.values()) - 1
+    return ExtractStats(files, directories, len(links), size, pump.tar_bytes, pump.content_digest)
+
+
+def _is_new(member: Member, known: dict[bytes, str], folders: "_Folders") -> bool:
+    """Record `member` and make the folders it needs; False for a folder that is there already."""
+    before = known.get(member.name)
+    if before is not None:
+        if before == member.kind == DIRECTORY:
+            return False
+        raise InvalidArchive(f"'{show(member.name)}' is in the archive twice")
+    parent = member.name.rpartition(b"/")[0]
+    absent: list[bytes] = []
+    while (kind := known.get(parent)) is None:
+        absent.append(parent)
+        parent = parent.rpartition(b"/")[0]
+    if kind != DIRECTORY:
+        raise InvalidArchive(f"'{show(member.name)}' lies below '{show(parent)}', which is not a folder")
+    for folder in reversed(absent):
+        folders.make(folder)
+        known[folder] = DIRECTORY
+    known[member.name] = member.kind
+    return True
+
+
+class _Folders:
+    """Handles of the folders on the way to the current one; members of one folder follow each other."""
+
+    def __init__(self, root: Path) -> None:
+        self._path: list[bytes] = []
+        self._handles = [os.open(root, _FOLDER)]
+        self._current = b""
+        self._chmod = False
+
+    def __enter__(self) -> "_Folders":
+        probe = os.open(b".probe", _NEW, 0o755, dir_fd=self._handles[0])
+        try:
+            self._chmod = os.fstat(probe).st_mode & 0o777 != 0o755
+        finally:
+            os.close(probe)
+            os.unlink(b".probe", dir_fd=self._handles[0])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            os.close(handle)
+
+    def _enter(self, folder: bytes) -> int:
+        if folder != self._current:
+            parts = folder.split(b"/") if folder else []
+            same = 0
+            for ours, theirs in zip(self._path, parts, strict=False):
+                if ours != theirs:
+                    break
+                same += 1
+            while len(self._path) > same:
+                self._path.pop()
+                os.close(self._handles.pop())
+            self._current = b"/".join(self._path)
+            for part in parts[same:]:
+                self._handles.append(os.open(part, _FOLDER, dir_fd=self._handles[-1]))
+                self._path.append(part)
+            self._current = folder
+        return self._handles[-1]
+
+    def make(self, name: bytes) -> None:
+        parent, _, last = name.rpartition(b"/")
+        folder = self._enter(parent)
+        os.mkdir(last, 0o755, dir_fd=folder)
+        if self._chmod:
+            os.chmod(last, 0o755, dir_fd=folder)
+
+    def link(self, name: bytes, target: bytes) -> None:
+        parent, _, last = name.rpartition(b"/")
+        os.symlink(target, last, dir_fd=self._enter(parent))
+
+    def file(self, member: Member, stream: Pieces) -> None:
+        parent, _, last = member.name.rpartition(b"/")
+        mode = 0o755 if member.executable else 0o644
+        fd = os.open(last, _NEW, mode, dir_fd=self._enter(parent))
+        try:
+            if self._chmod:
+                os.fchmod(fd, mode)
+            stream.each(member.size, lambda part: _write_all(fd, part))
+        finally:
+            os.close(fd)
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flush(folder: Path) -> None:
+    """Put everything on the file system that holds `folder` on disk: one call instead of one per file."""
+    import ctypes
+
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+        if syncfs is None:
+            os.sync()
+        elif syncfs(fd) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(folder))
+    finally:
+        os.close(fd)
