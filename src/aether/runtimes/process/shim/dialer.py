@@ -1,0 +1,172 @@
+"""Makes TCP connections inside an instance's network namespace and hands them out as descriptors.
+
+It is a process of its own because joining a user namespace cannot be undone. On its control socket it receives
+clients; a client sends 4-byte request numbers, each answered by the number, an errno in two bytes (0: connected)
+and the connected socket. It ends when the keeper closes the control socket.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import time
+
+CONNECT_SECS = 5.0
+_NS_GET_USERNS = 0xB701
+_MAX_UNDER_WAY = 512
+_UNSURE = {errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETDOWN}
+"""The loopback device is not up yet, or there is no IPv6: nobody listens as far as the caller is concerned."""
+
+
+def owner_of(namespace: int) -> int:
+    """Descriptor of the user namespace that owns the namespace behind descriptor `namespace` (ioctl_ns(2))."""
+    return fcntl.ioctl(namespace, _NS_GET_USERNS)
+
+
+def enter(pid: int, *, user_namespace: bool) -> None:
+    """Move this process into the network namespace of `pid`. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    handles = [owner_of(network), network] if user_namespace else [network]
+    for handle in handles:
+        if libc.setns(handle, 0) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(handle)
+
+
+def refuse_link_local() -> None:
+    """Make 169.254.0.0/16 unreachable: that is where clouds serve their machines' credentials."""
+    route = struct.pack("=BBBBBBBBI", socket.AF_INET, 16, 0, 0, 254, 4, 0, 7, 0)  # main table, static, unreachable
+    destination = struct.pack("=HH4s", 8, 1, socket.inet_aton("169.254.0.0"))
+    length = 16 + len(route) + len(destination)
+    header = struct.pack("=IHHII", length, 24, 0x605, 1, 0)  # RTM_NEWROUTE; request, ack, create, append-free
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
+        link.settimeout(1.0)
+        link.sendto(header + route + destination, (0, 0))
+        answer = link.recv(4096)
+    number = -struct.unpack_from("=i", answer, 16)[0]
+    if number not in (0, errno.EEXIST):
+        raise OSError(number, os.strerror(number))
+
+
+class Attempt:
+    """One connection being made for `client` under request `number`."""
+
+    def __init__(self, client: socket.socket, number: bytes) -> None:
+        self.client = client
+        self.number = number
+        self.deadline = time.monotonic() + CONNECT_SECS
+        self.targets = [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")]
+        self.sock: socket.socket | None = None
+
+
+class Dialer:
+    def __init__(self, control: socket.socket, port: int) -> None:
+        self._control = control
+        self._port = port
+        self._poll = select.epoll()
+        self._clients: dict[int, socket.socket] = {}
+        self._attempts: dict[int, Attempt] = {}
+        self._poll.register(control.fileno(), select.EPOLLIN)
+
+    def serve(self) -> None:
+        while True:
+            for fd, _ in self._poll.poll(1.0 if self._attempts else -1):
+                if fd == self._control.fileno():
+                    if not self._accept():
+                        return
+                elif fd in self._attempts:
+                    self._settle(fd)
+                elif fd in self._clients:
+                    self._requests(self._clients[fd])
+            now = time.monotonic()
+            for fd, attempt in list(self._attempts.items()):
+                if attempt.deadline < now:
+                    self._forget(fd)
+                    self._answer(attempt, errno.ETIMEDOUT)
+
+    def _accept(self) -> bool:
+        message, fds, _, _ = socket.recv_fds(self._control, 16, 4)
+        for fd in fds:
+            client = socket.socket(fileno=fd)
+            client.setblocking(False)
+            self._clients[fd] = client
+            self._poll.register(fd, select.EPOLLIN)
+        return bool(message)
+
+    def _requests(self, client: socket.socket) -> None:
+        while len(self._attempts) < _MAX_UNDER_WAY:
+            try:
+                number = client.recv(16)
+            except BlockingIOError:
+                return
+            except OSError:
+                number = b""
+            if not number:
+                del self._clients[client.fileno()]
+                client.close()
+                return
+            self._next(Attempt(client, number), errno.ECONNREFUSED)
+
+    def _next(self, attempt: Attempt, failure: int) -> None:
+        while attempt.targets:
+            family, host = attempt.targets.pop()
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            except OSError as error:
+                failure = error.errno or errno.EIO
+                continue
+            number = sock.connect_ex((host, self._port))
+            attempt.sock = sock
+            if number == 0:
+                self._answer(attempt, 0)
+                return
+            if number == errno.EINPROGRESS:
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number == 0:
+                    self._attempts[sock.fileno()] = attempt
+                    self._poll.register(sock.fileno(), select.EPOLLOUT)
+                    return
+            sock.close()
+            attempt.sock = None
+            failure = number
+        self._answer(attempt, errno.ECONNREFUSED if failure in _UNSURE else failure)
+
+    def _settle(self, fd: int) -> None:
+        attempt = self._attempts[fd]
+        sock = attempt.sock
+        assert sock is not None
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number == 0:
+            self._poll.unregister(fd)
+            del self._attempts[fd]
+            self._answer(attempt, 0)
+        else:
+            self._forget(fd)
+            self._next(attempt, number)
+
+    def _forget(self, fd: int) -> None:
+        attempt = self._attempts.pop(fd)
+        self._poll.unregister(fd)
+        if attempt.sock is not None:
+            attempt.sock.close()
+            attempt.sock = None
+
+    def _answer(self, attempt: Attempt, number: int) -> None:
+        message = attempt.number + struct.pack("=H", number)
+        try:
+            if attempt.sock is not None:
+                socket.send_fds(attempt.client, [message], [attempt.sock.fileno()])
+            else:
+                attempt.client.send(message)
+        except OSError:
+            pass  # the asker went away or reads nothing; its own deadline tells it
+        finally:
+            if attempt.sock is not None:
+                attempt.sock.close()
