@@ -7,8 +7,9 @@ To add routes for a noun:
    `services: Deps`, `caller: Caller` (both from aether.api.services);
 2. end the module with `HANDLERS = [...]` and add it to `_handlers()` below;
 3. add the capability it calls to `Services`;
-4. path and query parameters are `FromPath[T]`, `FromQuery[T]`, `FromHeader` and a body is `data: JSONBody[T]` (litestar.params); bodies and answers are msgspec Structs; failures are raised as `aether.model.errors`; lists answer
-   `paging.Page` and take `limit: Limit = 50, cursor: Cursor = None`.
+4. path and query parameters are `FromPath[T]` and `FromQuery[T]`, a body is `data: JSONBody[T]` (all of
+   litestar.params); bodies and answers are msgspec Structs; failures are raised as `aether.model.errors`;
+   lists answer `paging.Page` and take `limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None`.
 
 Handler modules must not put names used in handler signatures under TYPE_CHECKING: Litestar reads them.
 Streams that may last (logs, events) watch `services.shutdown`.
@@ -72,7 +73,7 @@ def create_routes(services: Services) -> Litestar:
 
 def _handlers() -> list[Any]:
     from aether.api import swagger
+    from aether.api.routers import artifacts, probes
     from aether.api.routers import auth as auth_router
-    from aether.api.routers import probes
 
-    return [*probes.HANDLERS, *auth_router.HANDLERS, *swagger.HANDLERS]
+    return [*probes.HANDLERS, *auth_router.HANDLERS, *artifacts.HANDLERS, *swagger.HANDLERS]

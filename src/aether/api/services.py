@@ -17,6 +17,7 @@ from aether.settings import Settings
 
 if TYPE_CHECKING:
     from aether.api.transfers import ObjectTransfer
+    from aether.apps.services import AppServices
     from aether.registry.service import Registry
 
 Check = Callable[[], Awaitable[None]]
@@ -29,6 +30,7 @@ class Services:
     settings: Settings
     tokens: TokenService
     registry: Registry | None = None
+    apps: AppServices | None = None
     transfer: ObjectTransfer | None = None
     """The store's side of /objects, when the store has no HTTP server of its own."""
     metrics: Metrics = field(default_factory=Metrics)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class SignedRequest:
-    """A request that a client may make without a token until `expires_at` (seconds since the epoch)."""
-
-    method: str
-    url: str
-    headers: Mapping[str, str]
-    expires_at: int
+from aether.model.objects import SignedRequest
 
 
 class ObjectStore(Protocol):
@@ -36,8 +27,16 @@ class ObjectStore(Protocol):
         """Hash the whole object off the event loop; returns (hex digest, size in bytes)."""
         ...
 
+    async def claim(self, key: str) -> str:
+        """Take a pending object out of reach of every signed URL and return the key it is found at from now on.
+
+        What is hashed afterwards is what `move` makes final. Claiming again returns the same key.
+        """
+        ...
+
     async def move(self, source: str, target: str) -> None:
-        """Atomically make `source` available as `target`; idempotent when `target` already is the object."""
+        """Atomically and durably make `source` available as `target`, replacing what is there; done already
+        when `source` is gone and `target` is there."""
         ...
 
     async def delete(self, key: str) -> None:

@@ -1,1 +1,1 @@
-"""Object stores."""
+"""Object stores: drivers of the port that the registry declares."""

@@ -1,0 +1,136 @@
+"""The API on a real uvicorn over a loopback port, with SQLite and the directory store in a temporary folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import sqlalchemy as sa
+
+from aether.api.app import create_api
+from aether.api.server import ApiServer, loopback_socket
+from aether.api.services import Services
+from aether.identity.tokens import TokenService
+from aether.model.names import new_id
+from aether.model.times import now_us
+from aether.observability.metrics import Metrics
+from aether.registry.service import Registry
+from aether.settings import Settings, load
+from aether.stores.database.engine import Database
+from aether.stores.database.tables import applications
+from aether.stores.objects.filesystem import FilesystemObjects
+from aether.stores.objects.signing import UrlSigner, load_key
+
+TOKENS = {"AETHER_API_TOKENS": "tok-admin:admin:ann,tok-deployer:deployer:dan,tok-reader:reader:rob"}
+
+
+@dataclass
+class Served:
+    """Everything behind one API, and a client that carries the deployer's token."""
+
+    port: int
+    folder: Path
+    settings: Settings
+    database: Database
+    objects: FilesystemObjects
+    registry: Registry
+    services: Services
+    metrics: Metrics
+    client: aiohttp.ClientSession
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def add_app(self, name: str) -> str:
+        return await add_app(self.database, name)
+
+    async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        """(status, decoded body)."""
+        async with self.client.request(method, self.base + path, **options) as answer:
+            body = await answer.read()
+            return answer.status, await answer.json() if "json" in answer.content_type else body
+
+    async def presign(self, app: str, data: bytes, **more: Any) -> dict[str, Any]:
+        body = {"app": app, "digest": digest_of(data), "size_bytes": len(data), **more}
+        status, made = await self.call("POST", "/artifacts/presign", json=body)
+        assert status == 200, made
+        return made
+
+    async def put(self, signed: dict[str, Any], data: bytes) -> int:
+        status, _ = await self.call("PUT", signed["url"], data=io.BytesIO(data))
+        return status
+
+    async def complete(self, app: str, data: bytes, upload_id: str, **more: Any) -> tuple[int, Any]:
+        body = {"app": app, "digest": digest_of(data), "size_bytes": len(data), "upload_id": upload_id, **more}
+        return await self.call("POST", "/artifacts/complete", json=body)
+
+    async def upload(self, app: str, data: bytes) -> dict[str, Any]:
+        signed = await self.presign(app, data)
+        assert await self.put(signed, data) == 200
+        status, done = await self.complete(app, data, signed["upload_id"])
+        assert status == 200, done
+        return done
+
+    def files(self) -> set[str]:
+        """Keys of all objects, half-received ones included."""
+        root = self.folder / "objects"
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+async def add_app(database: Database, name: str) -> str:
+    app_id = new_id()
+    async with database.write() as tx:
+        row = {"id": app_id, "name": name, "owner": "ann", "created_at": now_us()}
+        await tx.execute(sa.insert(applications).values(row))
+    return app_id
+
+
+@asynccontextmanager
+async def served(folder: Path, objects_root: Path | None = None, **environ: str) -> AsyncIterator[Served]:
+    settings = load({**TOKENS, **environ}, data_dir=folder)
+    database = Database(f"sqlite+aiosqlite:///{folder}/aether.db")
+    await database.open()
+    objects = FilesystemObjects(objects_root or folder / "objects", UrlSigner(load_key(folder / "signing.key")))
+    await objects.open()
+    metrics = Metrics()
+    registry = Registry(database, objects, settings, metrics)
+    services = Services(
+        settings,
+        TokenService(database, settings.api_tokens, required=settings.auth_required),
+        registry=registry,
+        transfer=objects,
+        metrics=metrics,
+        checks={"database": database.check, "objects": objects.check},
+    )
+    sock, port = loopback_socket()
+    server = ApiServer(create_api(services), sock, grace_secs=1)
+    await server.start()
+    headers = {"Authorization": "Bearer tok-deployer"}
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(60)) as client:
+        try:
+            yield Served(port, folder, settings, database, objects, registry, services, metrics, client)
+        finally:
+            services.shutdown.set()
+            await client.close()
+            await server.stop()
+            await objects.close()
+            await database.close()
+
+
+def random_bytes(size: int) -> bytes:
+    return os.urandom(size)
