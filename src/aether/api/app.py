@@ -73,7 +73,8 @@ def create_routes(services: Services) -> Litestar:
 
 def _handlers() -> list[Any]:
     from aether.api import swagger
-    from aether.api.routers import artifacts, probes
+    from aether.api.routers import apps, artifacts, deployments, logs, probes
     from aether.api.routers import auth as auth_router
 
-    return [*probes.HANDLERS, *auth_router.HANDLERS, *artifacts.HANDLERS, *swagger.HANDLERS]
+    modules = (probes, auth_router, apps, deployments, logs, artifacts, swagger)
+    return [handler for module in modules for handler in module.HANDLERS]

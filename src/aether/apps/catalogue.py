@@ -142,7 +142,8 @@ class Catalogue:
         async with self._database.read() as tx:
             keys = list((await tx.execute(sa.select(uploads.c.id).where(uploads.c.app_id == app_id))).scalars())
         for upload_id in keys:
-            await self._objects.delete(f"pending/{upload_id}")
+            for folder in ("pending", "claimed"):
+                await self._objects.delete(f"{folder}/{upload_id}")
         stored = [key async for key, _, _ in self._objects.list(f"artifacts/{name}/")]
         for key in stored:
             await self._objects.delete(key)

@@ -31,6 +31,8 @@ from aether.model.instance import InstanceSpec, Limits
 from aether.rollout.health import HealthCheck
 from aether.stores.database.tables import applications, artifacts, deployments, instances
 
+DEFAULT_PORT = 8080
+"""PORT of an instance whose health check names none; each has a network view of its own."""
 _CLEAN_UP_AT_ONCE = 8
 _log = structlog.stdlib.get_logger("aether.apps")
 
@@ -43,8 +45,6 @@ class EngineOptions:
     drain_timeout_secs: float = 30.0
     stop_grace_secs: float = 10.0
     limits: Limits = field(default_factory=Limits)
-    pick_port: Callable[[], int] = field(default=lambda: 8080)
-    """PORT of a new instance where its health check names none."""
     runtime_warning: Callable[[str | None], str | None] = field(default=lambda _runtime: None)
 
 
@@ -303,7 +303,7 @@ class Engine:
         if artifact is None or artifact.status != "stored" or not artifact.verified:
             raise NotFound(f"the artifact {row.digest[:12]} is not stored and verified")
         root = await self._source.unpack(row.app, row.digest)
-        port = row.health.port or self._options.pick_port()
+        port = row.health.port or DEFAULT_PORT
         spec = InstanceSpec(
             instance_id="",
             app=row.app,

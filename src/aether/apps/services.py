@@ -1,0 +1,19 @@
+"""What the API is given to serve apps with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aether.apps.catalogue import Catalogue
+from aether.apps.deployments import Deployments
+from aether.apps.logs import Logs
+
+
+@dataclass(frozen=True, slots=True)
+class AppServices:
+    catalogue: Catalogue
+    deployments: Deployments
+    logs: Logs
+    url_of: Callable[[str], str]
+    """The address at which an app answers, from its name."""
