@@ -1,0 +1,109 @@
+"""Command lines: an argparse parser that fails as the rest of the product does and can tell its own options.
+
+Flags shared by verbs (`--app`, `--format`, ...) are spelled here once.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from aether.cli.main import LOG_FORMATS, LOG_LEVELS
+from aether.model.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+
+class Arguments(argparse.Namespace):
+    """What was given. A flag that the verb does not have, or that was not given, reads as None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+class Parser(argparse.ArgumentParser):
+    """A verb's parser. `options` holds every argument in order; `actions` the parsers of its sub-commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.options: list[argparse.Action] = []
+        self.actions: dict[str, Parser] = {}
+        self._group: Any = None
+        settings.setdefault("allow_abbrev", False)
+        super().__init__(**settings)
+        # SUPPRESS: a sub-command's parser must not overwrite what its parent has read
+        self.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.add_argument("--log-format", choices=LOG_FORMATS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        self.options.append(action)
+        return action
+
+    def add_action(self, name: str, line: str) -> Parser:
+        """A sub-command; its name is read into `action`."""
+        if self._group is None:
+            self._group = self.add_subparsers(dest="action", metavar="ACTION", title="actions")
+        parser: Parser = self._group.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        self.actions[name] = parser
+        return parser
+
+    def read(self, words: list[str]) -> Arguments:
+        """Raises UsageError."""
+        return (
+            self.parse_intermixed_args(words, Arguments())
+            if not self.actions
+            else self.parse_args(words, Arguments())
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def add_format(parser: Parser) -> None:
+    parser.add_argument(
+        "--format", choices=("text", "json"), default=argparse.SUPPRESS, help="how the result is printed (text)"
+    )
+
+
+def add_app(parser: Parser) -> None:
+    parser.add_argument(
+        "--app",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="the app (default: the one that aether.toml or package.json in this folder names)",
+    )
+
+
+def add_timeout(parser: Parser) -> None:
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=120,
+        metavar="SECONDS",
+        help="time the new release has to become healthy; past it the rollout is undone (120)",
+    )
+
+
+def seconds(text: str) -> int:
+    """A whole number of seconds, also written `90s`, `5m` or `1h`."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    number = text[:-1] if unit else text
+    if not number.isdecimal() or not 1 <= int(number) * (unit or 1) <= 86_400:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time between 1 s and 24 h")
+    return int(number) * (unit or 1)
+
+
+def count(text: str) -> int:
+    """A number of zero or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of zero or more")
+    return int(text)
+
+
+def page_size(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 500:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number between 1 and 500")
+    return int(text)
