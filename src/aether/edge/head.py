@@ -312,9 +312,9 @@ def _other_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes
     match = _ABSOLUTE.fullmatch(target)
     if match is None or method == b"CONNECT":
         raise HeadError("the request target is neither a path nor an http URL")
-    if not _HOST.fullmatch(host):
-        raise HeadError("the Host field does not name a host")
     authority, path = match.groups()
+    if not _HOST.fullmatch(authority):
+        raise HeadError("the request target does not name a host")
     return (path if path.startswith(b"/") else b"/" + path), authority
 
 

@@ -48,7 +48,7 @@ class EdgeBackend:
         """A fresh connection. Raises OSError."""
         sock = await self._dial()
         try:
-            connection = UpstreamConnection(self, sock)
+            connection = UpstreamConnection(self, sock.recv)
             await asyncio.get_running_loop().create_connection(lambda: connection, sock=sock)
         except BaseException:
             sock.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _MAX_HEAD: Final = 64 * 1024
 _MAX_INTERIM: Final = 32
+Peek = Callable[[int, int], bytes]
+"""`socket.recv`: bytes wanted and flags."""
+
 _NO_CHUNKS: Final = ChunkedDecoder()
 _IDLE, _HEAD, _LENGTH, _CHUNKED, _TO_CLOSE = range(5)
 
@@ -34,8 +38,8 @@ class UpstreamConnection(asyncio.Protocol):
         "_keep_secs",
         "_left",
         "_paused",
+        "_peek",
         "_reusable",
-        "_sock",
         "_state",
         "backend",
         "closed",
@@ -46,7 +50,7 @@ class UpstreamConnection(asyncio.Protocol):
         "write_paused",
     )
 
-    def __init__(self, backend: EdgeBackend, sock: socket.socket) -> None:
+    def __init__(self, backend: EdgeBackend, peek: Peek) -> None:
         self.backend = backend
         self.transport: asyncio.Transport
         self.closed = False
@@ -56,7 +60,7 @@ class UpstreamConnection(asyncio.Protocol):
         """A byte of the present answer has come."""
         self.idle_until = 0.0
         self.write_paused = False
-        self._sock = sock
+        self._peek = peek
         self._exchange: Exchange | None = None
         self._state = _IDLE
         self._buffer = b""
@@ -78,7 +82,7 @@ class UpstreamConnection(asyncio.Protocol):
     def gone(self) -> bool:
         """True when the upstream has already closed; asks the kernel, for requests that must not be sent twice."""
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._peek(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
