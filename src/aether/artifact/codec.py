@@ -1,4 +1,4 @@
-"""The compressor behind the artifact: ISA-L for speed (levels 0 to 3), zlib for size (4 to 9). Typed, loaded on use."""
+"""The compressor behind the artifact, loaded on use: ISA-L for speed (levels 0 to 3), zlib for size (4 to 9)."""
 
 import zlib
 from collections.abc import Callable

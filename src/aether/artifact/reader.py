@@ -90,7 +90,7 @@ def _check_sum(header: bytes) -> None:
 
 
 def clean_name(raw: bytes) -> bytes:
-    """`raw` without a leading './' and trailing '/'; empty for the root. Raises InvalidArchive if it leads outside."""
+    """`raw` without a leading './' and trailing '/'; empty for the root. Raises InvalidArchive if it leads out."""
     if raw.startswith(b"/"):
         raise InvalidArchive(f"'{show(raw)}' is an absolute name")
     name = raw.rstrip(b"/")

@@ -1,0 +1,133 @@
+"""Reading what the developer wrote: aether.toml, package.json, pyproject.toml, Procfile. Errors name the line."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from aether.model.errors import ConfigError, LocalIOError
+
+Table = Mapping[str, Any]
+
+_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env"})
+
+
+@dataclass(frozen=True, slots=True)
+class AetherToml:
+    """The project file; everything in it is optional."""
+
+    app: str | None = None
+    start: str | None = None
+    runtime: str | None = None
+    health_path: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file, None if there is no such file. Raises ConfigError unless it is UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise LocalIOError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Table | None:
+    """The object in a JSON file, None if there is no such file. Raises ConfigError naming file and line."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path.name}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name}, line 1: an object {{...}} is expected")
+    return cast(Table, value)
+
+
+def read_toml(path: Path) -> Table | None:
+    """The table in a TOML file, None if there is no such file. Raises ConfigError naming file and line."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        where = place.rstrip(")") or "line 1"
+        if where == "end of document":
+            where = f"line {text.count(chr(10)) + 1}"
+        raise ConfigError(f"{path.name}, {where}: {message}") from error
+
+
+def text_of(table: Table, key: str, path: str) -> str | None:
+    """A string of `table`, None if absent or empty. Raises ConfigError for anything else."""
+    value: object = table.get(key)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"{path}: '{key}' must be a string")
+    return value
+
+
+def table_of(table: Table, key: str, path: str) -> Table:
+    """A table of `table`, empty if absent. Raises ConfigError for anything else."""
+    value: object = table.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: '{key}' must be a table of keys and values")
+    return cast(Table, value)
+
+
+def read_aether_toml(root: Path) -> AetherToml:
+    """The project's aether.toml, empty if there is none."""
+    name = "aether.toml"
+    table = read_toml(root / name)
+    if table is None:
+        return AetherToml()
+    kind = text_of(table, "kind", name)
+    if kind not in (None, "app"):
+        raise ConfigError(f"{name}: kind '{kind}' is not known; this version deploys kind = \"app\"")
+    health = table_of(table, "health", name)
+    health_path = text_of(health, "path", f"{name} [health]")
+    if health_path is not None and not health_path.startswith("/"):
+        raise ConfigError(f"{name} [health]: 'path' must start with '/'")
+    env: dict[str, str] = {}
+    for key, value in table_of(table, "env", name).items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ConfigError(f"{name} [env]: '{key}' must be a string")
+        env[key] = str(value)
+    unknown = sorted(
+        {key for key in table if key not in _KNOWN} | {f"health.{key}" for key in health if key != "path"}
+    )
+    return AetherToml(
+        app=text_of(table, "app", name),
+        start=text_of(table, "start", name),
+        runtime=text_of(table, "runtime", name),
+        health_path=health_path,
+        env=env,
+        notes=tuple(f"{name}: '{key}' is not known and has no effect" for key in unknown),
+    )
+
+
+def read_procfile(root: Path) -> dict[str, str]:
+    """Process types and commands of the project's Procfile, empty if there is none."""
+    text = read_text(root / "Procfile")
+    found: dict[str, str] = {}
+    for number, line in enumerate((text or "").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, colon, command = line.partition(":")
+        if not colon or not name.strip() or not command.strip():
+            raise ConfigError(f"Procfile, line {number}: 'name: command' is expected")
+        found[name.strip()] = command.strip()
+    return found
