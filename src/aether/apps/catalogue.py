@@ -144,15 +144,20 @@ class Catalogue:
         for upload_id in keys:
             for folder in ("pending", "claimed"):
                 await self._objects.delete(f"{folder}/{upload_id}")
-        stored = [key async for key, _, _ in self._objects.list(f"artifacts/{name}/")]
-        for key in stored:
-            await self._objects.delete(key)
+        await self._delete_objects(name)
         async with self._database.write() as tx:
             for table in (deployments, artifacts):
                 await tx.execute(sa.delete(table).where(table.c.app_id == app_id))
             await tx.execute(sa.delete(applications).where(applications.c.id == app_id))
+        # an upload that was being completed when the deletion began may have stored its object meanwhile
+        await self._delete_objects(name)
         self._broadcast.notify(app_id)
         _log.info("app deleted", app=name)
+
+    async def _delete_objects(self, name: str) -> None:
+        stored = [key async for key, _, _ in self._objects.list(f"artifacts/{name}/")]
+        for key in stored:
+            await self._objects.delete(key)
 
     async def _why_taken(self, name: str) -> str:
         try:
