@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class ProcessRuntime:
         self._probing = asyncio.Lock()
         self._held: dict[str, ProcessInstance] = {}
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._uid_lock = threading.Lock()
         self._launches: set[asyncio.Task[None]] = set()
 
     # --- Runtime ----------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class ProcessRuntime:
 
     async def logs(
         self, instance_id: str, app: str, *, since_ns: int = 0, tail: int | None = None, follow: bool = False
-    ) -> AsyncIterator[LogRecord]:
+    ) -> AsyncGenerator[LogRecord]:
         reader = LogReader(self._log(instance_id, app), since_ns)
         held = await self.adopt(instance_id) if follow else None
         try:
@@ -142,11 +144,14 @@ class ProcessRuntime:
     # --- beyond the port --------------------------------------------------------------------------------------
 
     async def probe(self) -> SandboxReport:
-        """What the sandbox can do here, found by running one; remembered."""
+        """What the sandbox can do here, found by running one; remembered once it worked."""
         async with self._probing:
-            if self._report is None:
-                self._report = await self._try()
-            return self._report
+            if self._report is not None:
+                return self._report
+            found = await self._try()
+            if found.usable:
+                self._report = found
+            return found
 
     async def describe(self) -> list[str]:
         """The probe's result for people, with toolchains shown from outside the system folders."""
@@ -252,7 +257,10 @@ class ProcessRuntime:
 
     def _uid(self, app: str) -> int:
         """A uid of the app's own, the same for all time on this machine."""
-        path = self._data / "uids.json"
+        with self._uid_lock:
+            return self._uid_from(self._data / "uids.json", app)
+
+    def _uid_from(self, path: Path, app: str) -> int:
         known: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
         if app not in known:
             known[app] = max(known.values(), default=FIRST_UID) + 1

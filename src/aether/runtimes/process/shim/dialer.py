@@ -40,6 +40,20 @@ def enter(pid: int, *, user_namespace: bool) -> None:
         os.close(handle)
 
 
+def await_loopback(limit_secs: float = 10.0) -> None:
+    """Return once this network namespace's loopback device is up. Raises TimeoutError."""
+    name = struct.pack("16sh14x", b"lo", 0)
+    until = time.monotonic() + limit_secs
+    with (
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker,
+    ):
+        link.bind((0, 1))  # RTMGRP_LINK: subscribe before looking
+        while not struct.unpack_from("16sh", fcntl.ioctl(asker, 0x8913, name))[1] & 1:  # SIOCGIFFLAGS, IFF_UP
+            link.settimeout(max(0.001, until - time.monotonic()))
+            link.recv(65536)
+
+
 def refuse_link_local() -> None:
     """Make 169.254.0.0/16 unreachable: that is where clouds serve their machines' credentials."""
     route = struct.pack("=BBBBBBBBI", socket.AF_INET, 16, 0, 0, 254, 4, 0, 7, 0)  # main table, static, unreachable

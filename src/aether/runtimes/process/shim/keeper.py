@@ -200,9 +200,7 @@ class Keeper:
                     self._journal.notice(f"outgoing connections ended: slirp4netns gave status {status}")
             elif pid == self._dialer_pid:
                 self._dialer_pid = 0
-                if self._dialer is not None:
-                    self._dialer.close()
-                    self._dialer = None
+                self._forget_dialer()
 
     def _ended(self, status: int) -> None:
         self._wait_status = status
@@ -255,8 +253,7 @@ class Keeper:
         self._record("running")
         try:
             self._dialer_pid, self._dialer = launch.dialer(init, self._plan.port)
-            if self._plan.slirp:
-                self._egress_pid, self._egress_handle = launch.egress(self._plan.slirp, init)
+            self._watch(self._dialer.fileno(), self._network_up)
         except OSError as error:
             self._journal.notice(f"the network of this instance is incomplete: {error}")
         if self._stopping:
@@ -264,6 +261,20 @@ class Keeper:
         waiting, self._waiting_dials = self._waiting_dials, []
         for fd in waiting:
             self._hand_over(fd)
+
+    def _network_up(self) -> None:
+        if self._dialer is None:
+            return
+        try:
+            message = self._dialer.recv(16)
+        except OSError:
+            message = b""
+        self._unwatch(self._dialer.fileno())
+        if message and self._plan.slirp and not self._egress_pid and self._init_handle >= 0:
+            try:
+                self._egress_pid, self._egress_handle = launch.egress(self._plan.slirp, self._init)
+            except OSError as error:
+                self._journal.notice(f"this instance has no outgoing connections: {error}")
 
     def _init_ended(self) -> None:
         self._unwatch(self._init_handle)
@@ -327,9 +338,15 @@ class Keeper:
             try:
                 socket.send_fds(self._dialer, [b"c"], [fd])
             except OSError:
-                self._dialer.close()
-                self._dialer = None
+                self._forget_dialer()
         self._drop(fd)
+
+    def _forget_dialer(self) -> None:
+        if self._dialer is not None:
+            if self._dialer.fileno() in self._handlers:
+                self._unwatch(self._dialer.fileno())
+            self._dialer.close()
+            self._dialer = None
 
     # --- the end ----------------------------------------------------------------------------------------------
 

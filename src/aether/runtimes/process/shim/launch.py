@@ -88,7 +88,10 @@ def _prctl(option: int, value: int) -> None:
 
 
 def dialer(init_pid: int, port: int) -> tuple[int, socket.socket]:
-    """Fork the dialer into the network namespace of `init_pid`; returns its pid and control socket."""
+    """Fork the dialer into the network namespace of `init_pid`; returns its pid and control socket.
+
+    It says `up` on the socket when the sandbox has set up its loopback device: nobody may touch the network before.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
@@ -100,9 +103,11 @@ def dialer(init_pid: int, port: int) -> tuple[int, socket.socket]:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
-            from .dialer import Dialer, enter, refuse_link_local
+            from .dialer import Dialer, await_loopback, enter, refuse_link_local
 
             enter(init_pid, user_namespace=os.geteuid() != 0)
+            await_loopback()
+            os.write(keep, b"up")
             try:
                 refuse_link_local()
             except OSError as error:
