@@ -1,0 +1,341 @@
+"""`aether deploy`: detect, install, pack, upload, roll out, and say what came of it.
+
+    --dry-run     lists what would be packed and what not; runs no tool, writes nothing, asks no server
+    --pack-only   writes artifact and manifest; asks no server
+    --no-upload   as --pack-only, and asks the registry whether it has this artifact already; changes nothing there
+
+Artifacts go to --out, else to a folder for each app in the cache directory, where the newest few are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from aether.cli.arguments import add_format, add_timeout
+from aether.cli.output import escape
+from aether.cli.progress import progress_for
+from aether.cli.project import variables
+from aether.model.errors import NetworkError, NotFound, UsageError
+from aether.model.names import check_app_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from aether.artifact.pack import Packed
+    from aether.build.project import Made, Options, Plan
+    from aether.cli.arguments import Arguments, Parser
+    from aether.cli.context import Context
+    from aether.cli.progress import Progress
+    from aether.client.wire import Deployment
+
+KEPT_ARTIFACTS = 3
+STRATEGIES = ("rolling", "recreate")
+
+
+def configure(parser: Parser) -> None:
+    parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="the project (default: this folder)")
+    parser.add_argument("--app", metavar="NAME", help="name of the app (default: from the project)")
+    parser.add_argument(
+        "--env", action="append", metavar="K=V", help="a variable of this release; K alone takes it from here"
+    )
+    parser.add_argument(
+        "--runtime", metavar="NAME", help="e.g. node22, python3.11, static, binary (default: detected)"
+    )
+    parser.add_argument("--start", metavar="CMD", help="start command (default: from the project)")
+    parser.add_argument("--strategy", default="rolling", metavar="NAME", help="rolling or recreate (rolling)")
+    add_timeout(parser)
+    parser.add_argument("--detach", action="store_true", help="do not wait for the rollout")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be packed and why not; do nothing")
+    parser.add_argument("--pack-only", action="store_true", help="stop when the artifact is written")
+    parser.add_argument(
+        "--no-upload", action="store_true", help="as --pack-only, and ask whether the registry has the artifact"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for artifact and manifest (default: in the cache)")
+    parser.add_argument("--compression-level", type=level, default=2, metavar="N", help="0 to 9 (2)")
+    parser.add_argument("--no-cache", action="store_true", help="install dependencies anew")
+    parser.add_argument("--ignore-scripts", action="store_true", help="run no install scripts of dependencies")
+    parser.add_argument("--no-sbom", action="store_true", help="write no bill of materials")
+    parser.add_argument("--legacy-sbom", action="store_true", help="write the bill of materials as aether-sbom-v1")
+    parser.add_argument("--dev-hot", action="store_true", help="swap code in running pods (Kubernetes only)")
+    add_format(parser)
+
+
+def level(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 9:
+        raise UsageError(f"--compression-level is a number from 0 to 9, not '{text}'")
+    return int(text)
+
+
+def run(arguments: Arguments, context: Context) -> int:
+    _check(arguments)
+    started = time.monotonic()
+    options = _options(arguments, context)
+    with progress_for(context.log) as progress:
+        from aether.build.plan import plan
+
+        progress.begin("detect")
+        root = Path(arguments.folder)
+        found = plan(root, options)
+        for note in found.project.notes:
+            context.log.info(note)
+        if arguments.dry_run:
+            return _dry_run(context, found, (time.monotonic() - started) * 1000)
+        offline = arguments.pack_only or arguments.no_upload
+        known = False if arguments.pack_only else _known(context, found.project.app, must_answer=not offline)
+        progress.end(f"{found.project.kind} project, {found.project.runtime}, app {found.project.app}")
+        made = _make(context, progress, found, arguments)
+        result = _described(made)
+        if not offline:
+            _ship(context, progress, made, known, arguments, result)
+        elif arguments.no_upload and context.api.has_artifact(made.packed.digest):
+            result["bytes_reused"] = made.packed.size_bytes
+    result["timings_ms"]["total"] = round((time.monotonic() - started) * 1000, 1)
+    context.result(result, lambda: _said(result, detached=bool(arguments.detach)))
+    return 0
+
+
+def _check(arguments: Arguments) -> None:
+    if arguments.strategy in ("canary", "bluegreen") or arguments.dev_hot:
+        wanted = "--dev-hot" if arguments.dev_hot else f"--strategy {arguments.strategy}"
+        raise UsageError(f"{wanted} needs Kubernetes; one machine offers {' and '.join(STRATEGIES)}")
+    if arguments.strategy not in STRATEGIES:
+        raise UsageError(f"--strategy is one of {', '.join(STRATEGIES)}, not '{arguments.strategy}'")
+    if not os.path.isdir(arguments.folder):
+        raise UsageError(f"'{arguments.folder}' is not a folder")
+    if arguments.app:
+        check_app_name(arguments.app)
+
+
+def _options(arguments: Arguments, context: Context) -> Options:
+    from aether.build.project import Options
+
+    return Options(
+        app=arguments.app,
+        runtime=arguments.runtime,
+        start=arguments.start,
+        cache=not arguments.no_cache,
+        ignore_scripts=bool(arguments.ignore_scripts),
+        env=variables(arguments.env or (), context.environ),
+    )
+
+
+def _known(context: Context, app: str, *, must_answer: bool) -> bool:
+    """Whether the server has the app. Asked before the build, so that a missing login does not cost one."""
+    try:
+        context.api.app(app)
+    except NotFound:
+        return False
+    except NetworkError:
+        if must_answer:
+            raise
+        return False
+    return True
+
+
+def _make(context: Context, progress: Progress, found: Plan, arguments: Arguments) -> Made:
+    from aether.build.plan import make
+
+    packing = False
+
+    def on_pack(done: int, total: int) -> None:
+        nonlocal packing
+        if not packing:
+            packing = True
+            progress.end("; ".join(found.steps) or "nothing to install")
+            progress.begin("pack")
+        progress.advance(done, total)
+
+    progress.begin("install")
+    out = Path(arguments.out) if arguments.out else _cached(context, found.project.app)
+    made = make(found, out, level=arguments.compression_level, on_line=progress.output, progress=on_pack)
+    packed = made.packed
+    progress.end(f"{packed.files} files, {size(packed.size_bytes)}, {packed.digest[:12]}")
+    if not arguments.out:
+        _prune(out, packed)
+    return made
+
+
+def _ship(
+    context: Context, progress: Progress, made: Made, known: bool, arguments: Arguments, result: dict[str, Any]
+) -> None:
+    """Upload and roll out; fills in the rest of `result`."""
+    app = made.plan.project.app
+    progress.begin("upload")
+    if not known:
+        _create(context, app)
+    sent = _upload(context, progress, made)
+    reused = made.packed.size_bytes - sent
+    result["timings_ms"]["upload"] = round(
+        progress.end(f"{size(sent)} sent" if sent else f"nothing to send, the registry has it ({size(reused)})"), 1
+    )
+    result["bytes_uploaded"], result["bytes_reused"] = sent, reused
+    started = time.monotonic()
+    deployment = _roll_out(context, progress, made, arguments)
+    result["timings_ms"]["rollout"] = round((time.monotonic() - started) * 1000, 1)
+    result.update(deployment_id=deployment["id"], url=deployment["url"], status=deployment["status"])
+
+
+def _create(context: Context, app: str) -> None:
+    from aether.model.errors import Conflict
+
+    try:
+        context.api.create_app(app)
+    except Conflict:
+        # somebody else was faster, which is as good; unless it is theirs, and then the next call says so
+        context.log.debug("the app exists by now", app=app)
+
+
+def _upload(context: Context, progress: Progress, made: Made) -> int:
+    """Bring the artifact into the registry; returns the bytes sent."""
+    api, packed, project = context.api, made.packed, made.plan.project
+    presigned = api.presign(
+        project.app,
+        digest=packed.digest,
+        size_bytes=packed.size_bytes,
+        content_digest=packed.content_digest,
+        runtime=project.runtime,
+    )
+    if presigned["method"] == "NONE":
+        return 0
+    upload_id = presigned["upload_id"]
+    if upload_id is None:
+        raise NetworkError("the server offered an upload without an id")
+    started = time.monotonic()
+    sent = api.upload(presigned, str(packed.artifact), lambda done: progress.advance(done, packed.size_bytes))
+    api.complete(
+        project.app,
+        digest=packed.digest,
+        size_bytes=packed.size_bytes,
+        content_digest=packed.content_digest,
+        runtime=project.runtime,
+        upload_id=upload_id,
+        put_duration_ms=round((time.monotonic() - started) * 1000),
+        idempotency_key=upload_id,
+    )
+    return sent
+
+
+def _roll_out(context: Context, progress: Progress, made: Made, arguments: Arguments) -> Deployment:
+    from aether.cli.rollout import roll_out
+    from aether.client.api import new_key
+
+    project = made.plan.project
+    repeated = False
+
+    def start() -> Deployment:
+        nonlocal repeated
+        deployment, created = context.api.create_deployment(
+            project.app,
+            digest=made.packed.digest,
+            runtime=project.runtime,
+            command=project.start,
+            env={**project.env, **made.plan.options.env},
+            health={"path": project.health_path, "port": None} if project.health_path else None,
+            strategy=arguments.strategy,
+            timeout_secs=arguments.timeout,
+            idempotency_key=new_key(),
+        )
+        repeated = not created
+        return deployment
+
+    deployment = roll_out(
+        context, start, timeout_s=arguments.timeout, progress=progress, detach=bool(arguments.detach)
+    )
+    if not arguments.detach:
+        release = f"release v{deployment['release']}"
+        progress.end(f"{release} was serving already" if repeated else f"{release} is serving")
+    return deployment
+
+
+def _described(made: Made) -> dict[str, Any]:
+    """The result so far; fields that this version cannot fill are null."""
+    packed = made.packed
+    timings = {name: round(took, 1) for name, took in made.timings_ms.items()}
+    return {
+        "artifact": str(packed.artifact.absolute()),
+        "digest": packed.digest,
+        "size_bytes": packed.size_bytes,
+        "manifest": str(packed.manifest.absolute()),
+        "sbom": None,
+        "signature": None,
+        "provenance": None,
+        "app": made.plan.project.app,
+        "deployment_id": None,
+        "url": None,
+        "status": "packed",
+        "timings_ms": {**timings, "upload": None, "rollout": None, "total": None},
+        "bytes_uploaded": 0,
+        "bytes_reused": 0,
+    }
+
+
+def _said(result: dict[str, Any], *, detached: bool) -> str:
+    if result["url"] is None:
+        has = "\nthe registry has this artifact already" if result["bytes_reused"] else ""
+        return f"{escape(result['artifact'])}\nsha256 {result['digest']}{has}"
+    if detached:
+        return f"{result['url']}\ndeployment {result['deployment_id']} is {result['status']}"
+    return str(result["url"])
+
+
+def _dry_run(context: Context, found: Plan, detect_ms: float) -> int:
+    from aether.artifact.tree import DIRECTORY, show
+
+    project = found.project
+    would = sorted(show(entry.name) + ("/" if entry.kind == DIRECTORY else "") for entry in found.entries)
+    result: dict[str, Any] = dict.fromkeys(
+        ("artifact", "digest", "size_bytes", "manifest", "sbom", "signature", "provenance")
+    )
+    result.update(app=project.app, deployment_id=None, url=None, status="dry_run")
+    phases = dict.fromkeys(("detect", "install", "pack", "upload", "rollout", "total"))
+    result["timings_ms"] = {**phases, "detect": round(detect_ms, 1), "total": round(detect_ms, 1)}
+    result.update(bytes_uploaded=0, bytes_reused=0, runtime=project.runtime, start=project.start)
+    result["steps"] = list(found.steps)
+    result["would_pack"] = would
+    result["excluded"] = [{"path": item.path, "reason": item.reason} for item in found.excluded]
+
+    def text() -> str:
+        lines = [
+            f"app {project.app}: {project.kind} project, {project.runtime}, started by '{escape(project.start)}'"
+        ]
+        lines += [f"would run    {escape(step)}" for step in found.steps]
+        lines += [f"would pack   {name}" for name in would]
+        lines += [f"leaves out   {escape(item.path)}  ({escape(item.reason)})" for item in found.excluded]
+        return "\n".join(lines)
+
+    context.result(result, text)
+    return 0
+
+
+def _cached(context: Context, app: str) -> Path:
+    from aether.client.session import cache_dir
+
+    return Path(cache_dir(context.environ)) / "artifacts" / app
+
+
+def _prune(folder: Path, newest: Packed) -> None:
+    """Keep the newest artifacts of an app and drop the rest; the registry has what was deployed."""
+
+    def age(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    others = sorted((p for p in folder.glob("app-*.tar.gz") if p.name != newest.artifact.name), key=age, reverse=True)
+    for artifact in others[KEPT_ARTIFACTS - 1 :]:
+        artifact.unlink(missing_ok=True)
+        artifact.with_name(artifact.name.removesuffix(".tar.gz") + ".manifest.json").unlink(missing_ok=True)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"

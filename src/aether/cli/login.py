@@ -1,0 +1,129 @@
+"""`aether login`: exchange a token for a session and keep it.
+
+The token never has to be typed on a command line: it is read from --token-file, from the data directory of a server
+on this machine, from a prompt, or from standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from urllib.parse import urlsplit
+
+from aether.cli.arguments import add_format
+from aether.client.session import Session, api_base, normal_base, read_session, write_session
+from aether.model.errors import ConfigError, LocalIOError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from aether.cli.arguments import Arguments, Parser
+    from aether.cli.context import Context
+    from aether.client.dial import Origin
+
+
+def configure(parser: Parser) -> None:
+    parser.add_argument(
+        "--api-base", metavar="URL", help="the server (default: AETHER_API_BASE, session, config.toml)"
+    )
+    parser.add_argument("--token", metavar="TOKEN", help="the token; '-' reads it from standard input")
+    parser.add_argument("--token-file", metavar="FILE", help="a file that holds the token")
+    parser.add_argument("--username", metavar="NAME", help="insist on being this user")
+    parser.add_argument("--data-dir", metavar="DIR", help="data directory of a server on this machine")
+    parser.add_argument("--insecure-http", action="store_true", help="send the token over plain HTTP to another host")
+    add_format(parser)
+
+
+def run(arguments: Arguments, context: Context) -> int:
+    from aether.client.api import Api
+    from aether.client.dial import Origin
+    from aether.client.transport import Transport
+
+    base = _base(arguments, context)
+    origin = Origin(base)
+    if origin.scheme == "http" and not origin.is_loopback and not arguments.insecure_http:
+        raise UsageError(
+            f"{base} is plain HTTP on another host: use https, or --insecure-http to send the token anyway"
+        )
+    on_event = context.note if context.log.shows("debug") else None
+    with Api(Transport(base, on_event=on_event)) as api:
+        answer = api.login(_token(arguments, context, origin))
+        if arguments.username and answer["name"] != arguments.username:
+            api.transport.token = answer["token"]
+            api.logout()
+            raise ConfigError(f"this token belongs to {answer['name']}, not to {arguments.username}")
+    session = Session(base, answer["token"], answer["name"], answer["role"], answer["expires_at"] or "")
+    path = write_session(session, context.environ)
+    shown = {"api_base": base, "name": session.name, "role": session.role, "expires_at": session.expires_at or None}
+    context.result({**shown, "session": path}, lambda: f"logged in to {base} as {session.name} ({session.role})")
+    if context.environ.get("AETHER_TOKEN"):
+        context.log.warn("AETHER_TOKEN is set and wins over this session")
+    return 0
+
+
+def _base(arguments: Arguments, context: Context) -> str:
+    if arguments.api_base:
+        return normal_base(arguments.api_base)
+    try:
+        session = read_session(context.environ)
+    except ConfigError:
+        # a damaged session is what a new login repairs
+        session = None
+    return api_base(context.environ, session)[0]
+
+
+def _token(arguments: Arguments, context: Context, origin: Origin) -> str:
+    if arguments.token and arguments.token != "-":
+        return _checked(arguments.token)
+    if arguments.token_file:
+        return _checked(_read(arguments.token_file))
+    if arguments.token is None and not arguments.username and origin.is_loopback:
+        found = _local_token(arguments, origin)
+        if found:
+            return found
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        who = f" of {arguments.username}" if arguments.username else ""
+        return _checked(getpass(f"Token{who} for {origin}: "))
+    return _checked(sys.stdin.readline())
+
+
+def _checked(text: str) -> str:
+    token = text.strip()
+    if not token:
+        raise UsageError("no token given: use --token-file FILE, --token -, or type it at the prompt")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token holds characters that no token has")
+    return token
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalIOError(f"cannot read the token from {path}: {getattr(error, 'strerror', 'not text')}") from error
+
+
+def _local_token(arguments: Arguments, origin: Origin) -> str | None:
+    """The credential that `aether up` left for its own user, if `origin` is the server of that data directory."""
+    from aether.settings import default_data_dir
+
+    folder = arguments.data_dir or os.environ.get("AETHER_DATA_DIR") or str(default_data_dir())
+    try:
+        with open(os.path.join(folder, "up.json"), "rb") as file:
+            listens = urlsplit(str(json.loads(file.read())["api"]))
+        # another program's port must not be handed this server's credential
+        if not origin.path and listens.port and listens.port != origin.port:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        if not arguments.data_dir and not os.path.exists(os.path.join(folder, "admin-token")):
+            return None
+    try:
+        with open(os.path.join(folder, "admin-token"), encoding="ascii") as file:
+            return file.read().strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        if arguments.data_dir:
+            raise LocalIOError(f"cannot read the admin token in {folder}: {error}") from error
+        return None
