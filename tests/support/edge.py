@@ -46,14 +46,18 @@ class PortInstance:
 class Upstream:
     """A TCP server whose every connection is a test's own coroutine."""
 
-    def __init__(self, handler: Handler, port: int = 0) -> None:
+    def __init__(self, handler: Handler, port: int = 0, unix: Path | None = None) -> None:
         self._handler = handler
+        self._unix = unix
         self.port = port
         self.connections = 0
         self.open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Upstream:
+        if self._unix is not None:
+            self._server = await asyncio.start_unix_server(self._accept, self._unix, limit=1 << 20)
+            return self
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=1 << 20)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -209,6 +213,7 @@ class Running:
 
     async def close(self) -> None:
         for client in self._clients:
+            client.writer.close()
             client.writer.transport.abort()
         await self.edge.close(0.5)
 

@@ -106,6 +106,7 @@ class Exchange:
         self.upload_done = complete
         self._started_at = self.seen = now
         self._bytes_in = len(body)
+        self._replays = 0
         self._trace = trace = head.traceparent or edge.traces.new()
         self._request_id = request_id = head.request_id or trace[3:35]
         edge.counters.requests += 1
