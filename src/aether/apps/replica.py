@@ -153,7 +153,12 @@ class Replica:
 
     async def _live(self) -> None:
         while True:
-            ready_secs = await self._one_life()
+            try:
+                ready_secs = await self._one_life()
+            except Exception as error:  # noqa: BLE001 - whatever a driver does wrong, the app must not stay down for it
+                _log.error("an instance failed unexpectedly", app=self._launch.spec.app, exc_info=error)
+                self._reason = Reason("internal", "the instance failed for a reason that is the server's")
+                ready_secs = 0.0
             self.observed = Observed.EXITED
             self._changed()
             if not self.keep:
@@ -188,11 +193,12 @@ class Replica:
             instance = await self._obtain()
         except AetherError as error:
             self._reason = Reason(error.code, error.message)
-            await self._record("failed")
+            await self._bury("failed")
             return 0.0
         except OSError as error:
-            self._reason = Reason("start_failed", f"the instance could not be started: {error}")
-            await self._record("failed")
+            why = str(error) or type(error).__name__
+            self._reason = Reason("start_failed", f"the instance could not be started: {why}")
+            await self._bury("failed")
             return 0.0
         self._instance = instance
         try:
