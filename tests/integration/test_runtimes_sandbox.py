@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import socket
@@ -10,10 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.runtimes import NODE_SERVER, Bench, ask, bench
 
 from aether.model.errors import BadRequest
 from aether.model.instance import Limits
+from support.runtimes import NODE_SERVER, Bench, ask, bench
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 MIB = 1024**2
@@ -77,7 +78,8 @@ async def test_each_app_has_a_stable_uid_of_its_own(box: Bench) -> None:
 
 async def test_the_host_s_files_are_out_of_sight(box: Bench) -> None:
     _, lines = await box.run(
-        f"ls {box.data} /home /root/.ssh /etc/shadow /etc/ssl/private /work /var /sys 2>/dev/null; cat /etc/passwd; ls /"
+        f"ls {box.data} /home /root/.ssh /etc/shadow /etc/ssl/private /work /var /sys 2>/dev/null;"
+        "cat /etc/passwd; ls /"
     )
     assert [line.partition(":")[0] for line in lines[:2]] == ["root", "app"]
     assert not {"work", "home", "var", "sys", "run", "mnt"} & set(lines)
@@ -138,7 +140,8 @@ import ctypes, errno, os, platform, socket, subprocess, threading
 libc = ctypes.CDLL(None, use_errno=True)
 column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
 calls = {"mount": (165, 40), "ptrace": (101, 117), "bpf": (321, 280), "keyctl": (250, 219), "unshare": (272, 97),
-         "userfaultfd": (323, 282), "perf_event_open": (298, 241), "kexec_load": (246, 104), "finit_module": (313, 273),
+         "userfaultfd": (323, 282), "perf_event_open": (298, 241), "kexec_load": (246, 104),
+         "finit_module": (313, 273),
          "setns": (308, 268), "clone3": (435, 435), "io_uring_setup": (425, 425)}
 for name, numbers in calls.items():
     result = libc.syscall(numbers[column], 0x10000000, 0, 0, 0, 0)
@@ -170,8 +173,6 @@ async def test_variables_arrive_unchanged_and_are_the_only_ones(box: Bench, monk
     spec = box.spec("exec node show.js", files={"show.js": script}, env=env)
     instance = await box.runtime.start(spec)
     await box.said(instance, "{")
-    import json
-
     seen = json.loads(next(line for line in await box.lines(instance) if line.startswith("{")))
     assert {name: seen[name] for name in env} == env
     assert set(seen) - set(env) <= {"PATH", "HOME", "TMPDIR", "LANG", "PORT", "PWD"}

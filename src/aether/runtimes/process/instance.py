@@ -52,6 +52,7 @@ class ProcessInstance:
         self._gone = asyncio.Event()
         self._settling = asyncio.Lock()
         self._exit: InstanceExit | None = None
+        self._settled = False
         self._followers: set[asyncio.Event] = set()
 
     @property
@@ -114,8 +115,10 @@ class ProcessInstance:
     async def wait(self) -> InstanceExit:
         await self._gone.wait()
         async with self._settling:
-            if self._exit is None:
-                self._exit = await settle(self._folder, self._record.group)
+            if not self._settled:
+                self._exit = await settle(self._folder, self._record.group, self._exit)
+                self._settled = True
+        assert self._exit is not None
         return self._exit
 
     async def stop(self, grace_secs: float) -> InstanceExit:

@@ -103,13 +103,16 @@ def recorded_exit(folder: Path) -> InstanceExit | None:
     return InstanceExit(state["code"], state["signal"], bool(state["out_of_memory"]))
 
 
-async def settle(folder: Path, group: Group) -> InstanceExit:
-    """The end of an instance whose keeper is gone; what a killed keeper left behind is ended and recorded here."""
+async def settle(folder: Path, group: Group, told: InstanceExit | None) -> InstanceExit:
+    """The end of an instance whose keeper has left, once it is gone entirely.
+
+    `told` is what the keeper said last. What a killed keeper left behind is ended and recorded here.
+    """
     until = time.monotonic() + 5.0
     while (lock := take_lock(folder)) is None and time.monotonic() < until:
         await asyncio.sleep(0.002)  # the kernel is still closing the dead keeper's descriptors
     try:
-        if (found := recorded_exit(folder)) is not None:
+        if (found := told or recorded_exit(folder)) is not None:
             return found
         state = _read(folder / STATE) or {}
         for role in ("main", "init"):

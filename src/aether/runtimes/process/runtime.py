@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,23 @@ class ProcessRuntime:
         self._held: dict[str, ProcessInstance] = {}
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._uid_lock = threading.Lock()
-        self._launches: set[asyncio.Task[None]] = set()
+        self._starts: set[asyncio.Task[ProcessInstance]] = set()
 
     # --- Runtime ----------------------------------------------------------------------------------------------
 
     async def start(self, spec: InstanceSpec) -> ProcessInstance:
+        # a caller that gives up must not leave half a keeper: the start goes on by itself, to be adopted or removed
+        task = asyncio.create_task(self._start(spec))
+        self._starts.add(task)
+        task.add_done_callback(self._started)
+        return await asyncio.shield(task)
+
+    def _started(self, task: asyncio.Task[ProcessInstance]) -> None:
+        self._starts.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever called has it; one that gave up will not ask
+
+    async def _start(self, spec: InstanceSpec) -> ProcessInstance:
         folder = self._folder(spec.instance_id)
         _check_name(spec.app)
         found = await self.probe()
@@ -80,7 +92,10 @@ class ProcessRuntime:
                 await self._settled_start(folder)
                 if (known := self._adopt(spec.instance_id)) is not None:
                     return known
-            return await self._launch(spec, folder)
+            await self._spawn(spec, folder)
+            if (known := self._adopt(spec.instance_id)) is None:
+                raise ServiceUnavailable(f"the folder of instance {spec.instance_id} vanished while it started")
+            return known
 
     async def adopt(self, instance_id: str) -> ProcessInstance | None:
         async with self._only(instance_id):
@@ -160,24 +175,13 @@ class ProcessRuntime:
 
     async def close(self) -> None:
         """Let go of all instances; they go on running."""
-        if self._launches:
-            await asyncio.wait(self._launches)
+        if self._starts:
+            await asyncio.wait(self._starts)
         for held in self._held.values():
             held.detach()
         self._held.clear()
 
     # --- starting ---------------------------------------------------------------------------------------------
-
-    async def _launch(self, spec: InstanceSpec, folder: Path) -> ProcessInstance:
-        task = asyncio.create_task(self._spawn(spec, folder))
-        self._launches.add(task)
-        task.add_done_callback(self._launches.discard)
-        # a caller that gives up must not leave half a keeper: the launch ends by itself, and is adopted or removed
-        await asyncio.shield(task)
-        known = self._adopt(spec.instance_id)
-        if known is None:
-            raise ServiceUnavailable(f"instance {spec.instance_id} was removed while it started")
-        return known
 
     async def _spawn(self, spec: InstanceSpec, folder: Path) -> None:
         kind = self._kind

@@ -33,7 +33,11 @@ _STATE_BYTES = 512
 def main() -> None:
     """Read the plan from stdin, detach, start the instance, say `ok` on stdout, keep it until it has ended."""
     # The server took the lock, so that at no moment neither it nor the keeper vouches for the instance.
-    os.set_inheritable(int(sys.argv[1]), False)
+    lock = int(sys.argv[1])
+    os.set_inheritable(lock, False)
+    # uvloop leaves its ends of the standard streams open in a child; held, they would never tell the server "the end"
+    os.closerange(3, lock)
+    os.closerange(lock + 1, 1 << 16)
     plan = Plan.decode(sys.stdin.buffer.read())
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.path.lexists(SOCKET):
@@ -164,6 +168,7 @@ class Keeper:
             os.unlink(SOCKET)
         for fd in list(self._subscribers):
             self._tell(fd, self._exit.encode())
+        os._exit(0)  # nothing is left to tidy, and whoever waits for this process should not wait for the interpreter
 
     def _outcome(self) -> tuple[int | None, int | None]:
         code = os.waitstatus_to_exitcode(self._wait_status or 0)

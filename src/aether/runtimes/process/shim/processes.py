@@ -7,8 +7,9 @@ import signal
 
 
 def started(pid: int) -> int:
-    """Start time of `pid` in clock ticks since boot (field 22 of proc(5) stat); 0 when there is no such process."""
-    return _stat(pid)[1]
+    """Start time of `pid` in clock ticks since boot (field 22 of proc(5) stat); 0 when there is none or a zombie."""
+    _, start, state = _stat(pid)
+    return 0 if state in "ZX" else start
 
 
 def _stat(pid: int) -> tuple[int, int, str]:
