@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -20,8 +19,8 @@ class Grant(Protocol):
 class Upload(Protocol):
     """An object that is being received; invisible until `finish`."""
 
-    async def add(self, blocks: Sequence[bytes]) -> None:
-        """Append. Raises ServiceUnavailable when the disk is full."""
+    async def add(self, block: memoryview) -> None:
+        """Append; the caller may reuse the block's memory afterwards. Raises ServiceUnavailable when the disk is full."""
         ...
 
     async def finish(self) -> None:

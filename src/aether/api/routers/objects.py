@@ -1,14 +1,14 @@
 """Signed PUT and GET of objects, as plain ASGI: bodies of hundreds of megabytes pass without a framework.
 
-Blocks are gathered to BLOCK_BYTES and written by a thread while the next ones arrive, so that neither the
-event loop nor the socket waits for the disk and at most two blocks per upload are in memory.
+Bodies are gathered to BLOCK_BYTES and written by a thread while the next ones arrive, so that neither the
+event loop nor the socket waits for the disk and two blocks per upload are all the memory it takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -113,35 +113,44 @@ def _check_length(headers: dict[bytes, bytes], signed: int) -> None:
 
 
 async def _receive_into(upload: Upload, size: int, receive: _Receive) -> None:
-    blocks: list[bytes] = []
+    """Gather bodies in two fixed buffers: one is written while the other fills."""
+    filling, other = (memoryview(bytearray(min(BLOCK_BYTES, size))) for _ in range(2))
     held = total = 0
     writing: asyncio.Task[None] | None = None
     try:
-        more = True
-        while more:
-            message = await _next(receive)
-            if message["type"] == "http.disconnect":
-                raise BadRequest("the upload broke off; nothing was kept")
-            body: bytes = message.get("body", b"")
-            more = message.get("more_body", False)
-            if body:
-                blocks.append(body)
-                held += len(body)
-                total += len(body)
+        async for body in _bodies(receive):
+            total += len(body)
             if total > size:
                 raise PayloadTooLarge(f"the URL was signed for {size} bytes, more arrived")
-            if held >= BLOCK_BYTES or (held and not more):
-                if writing is not None:
-                    await writing
-                writing = asyncio.create_task(upload.add(blocks))
-                blocks, held = [], 0
+            while body:
+                taken = min(len(filling) - held, len(body))
+                filling[held : held + taken] = body[:taken]
+                body = body[taken:]
+                held += taken
+                if held == len(filling):
+                    if writing is not None:
+                        await writing
+                    writing = asyncio.create_task(upload.add(filling))
+                    filling, other = other, filling
+                    held = 0
         if writing is not None:
             await writing
         if total != size:
             raise BadRequest(f"the URL was signed for {size} bytes, {total} arrived; nothing was kept")
+        await upload.add(filling[:held])
     finally:
         if writing is not None:
             await asyncio.wait([writing])
+
+
+async def _bodies(receive: _Receive) -> AsyncGenerator[memoryview]:
+    more = True
+    while more:
+        message = await _next(receive)
+        if message["type"] == "http.disconnect":
+            raise BadRequest("the upload broke off; nothing was kept")
+        more = message.get("more_body", False)
+        yield memoryview(message.get("body", b""))
 
 
 async def _next(receive: _Receive) -> _Message:

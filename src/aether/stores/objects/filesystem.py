@@ -19,7 +19,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -32,7 +32,6 @@ from aether.stores.objects.signing import Grant, UrlSigner, check_key
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _BUFFER_BYTES = 1 << 20
-_MAX_IOV = 512
 _PENDING, _CLAIMED, _PARTS = "pending/", "claimed/", ".parts"
 
 
@@ -218,9 +217,10 @@ class PartialObject:
         # closed, and its number reused, under that write.
         self._lock = threading.Lock()
 
-    async def add(self, blocks: Sequence[bytes]) -> None:
-        """Append. Raises ServiceUnavailable when the disk is full."""
-        await self._run(self._add, blocks)
+    async def add(self, block: memoryview) -> None:
+        """Append; the caller may reuse the block's memory afterwards. Raises ServiceUnavailable when the disk
+        is full."""
+        await self._run(self._add, block)
 
     async def finish(self) -> None:
         """Publish under the key, replacing what was there. Raises BadRequest unless the size is exact."""
@@ -231,21 +231,17 @@ class PartialObject:
         if self._open:
             await self._run(self._abort)
 
-    def _add(self, blocks: Sequence[bytes]) -> None:
+    def _add(self, block: memoryview) -> None:
         with self._lock:
-            if not self._open:
-                return
-            views = [memoryview(block) for block in blocks]
-            while views:
-                written = os.writev(self._descriptor, views[:_MAX_IOV])
+            while self._open and block:
+                written = os.write(self._descriptor, block)
                 self._written += written
-                while views and written >= len(views[0]):
-                    written -= len(views.pop(0))
-                if views and written:
-                    views[0] = views[0][written:]
+                block = block[written:]
 
     def _finish(self) -> None:
         with self._lock:
+            if not self._open:
+                raise BadRequest("the upload was given up; nothing was kept")
             if self._written != self._size:
                 raise BadRequest(f"{self._written} bytes arrived, {self._size} were announced; nothing was kept")
             self._target.parent.mkdir(mode=0o700, exist_ok=True)
