@@ -71,10 +71,11 @@ class Plan:
     project: Project
     options: Options
     steps: tuple[str, ...]
-    """Commands that would run, e.g. "npm ci --omit=dev" or "dependencies from the cache"."""
+    """Commands that would run, e.g. "npm ci --omit=dev"; the cache may spare some."""
     entries: tuple[Entry, ...]
     """The project's own files that would be packed (installed dependencies and built output come on top)."""
     excluded: tuple[Excluded, ...]
+    detect_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,99 @@
+"""Running package managers and builds: output line by line, a time limit, and no process left behind."""
+
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Timer
+
+from aether.build.project import OnLine
+from aether.build.tools import clean_environment
+from aether.model.errors import BuildFailed, ConfigError
+
+TAIL_LINES = 20
+_LONGEST_LINE = 4096
+_GRACE_S = 3.0
+
+
+def run(
+    argv: Sequence[str],
+    cwd: Path,
+    *,
+    what: str,
+    timeout_s: float,
+    on_line: OnLine | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run `argv` in `cwd`; `what` names the step in messages.
+
+    The environment is this process's without any AETHER_* variable, plus `env`. Standard input is empty.
+    Raises BuildFailed with the last lines of output (also under details["log_tail"]) when it fails or takes longer
+    than `timeout_s` seconds, ConfigError when there is no such program. On any exception, Ctrl-C among them, the
+    whole process group is ended first.
+    """
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    late: list[bool] = []
+    try:
+        child = subprocess.Popen(
+            list(argv),
+            cwd=cwd,
+            env={**clean_environment(), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: there is no program '{argv[0]}'") from error
+
+    def expire() -> None:
+        late.append(True)
+        _end_group(child.pid, signal.SIGKILL)
+
+    timer = Timer(timeout_s, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        assert child.stdout is not None
+        for raw in iter(lambda: child.stdout.readline(_LONGEST_LINE) if child.stdout else b"", b""):
+            line = raw.decode("utf-8", "replace").rstrip("\r\n")
+            tail.append(line)
+            if on_line is not None:
+                on_line(line)
+        code = child.wait()
+    finally:
+        timer.cancel()
+        if child.poll() is None:
+            _end_group(child.pid, signal.SIGTERM)
+            try:
+                child.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                _end_group(child.pid, signal.SIGKILL)
+                child.wait()
+        # what the command left running in its group would keep files of a removed folder open
+        _end_group(child.pid, signal.SIGKILL)
+        if child.stdout is not None:
+            child.stdout.close()
+    if late:
+        raise _failed(f"{what} took longer than {timeout_s:g} s and was ended", tail)
+    if code:
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        raise _failed(f"{what} {how}", tail)
+
+
+def _failed(message: str, tail: "deque[str]") -> BuildFailed:
+    lines = list(tail)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    text = "\n".join(f"  {line}" for line in lines)
+    return BuildFailed(f"{message}:\n{text}" if lines else message, details={"log_tail": lines})
+
+
+def _end_group(group: int, with_signal: signal.Signals) -> None:
+    try:
+        os.killpg(group, with_signal)
+    except (ProcessLookupError, PermissionError):
+        # nobody is left in the group (macOS says EPERM for a group of zombies)
+        return
