@@ -52,11 +52,9 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, words: list[str]) -> Arguments:
         """Raises UsageError."""
-        return (
-            self.parse_intermixed_args(words, Arguments())
-            if not self.actions
-            else self.parse_args(words, Arguments())
-        )
+        # argparse asks its namespace what is missing, and Arguments would answer that nothing is
+        found = self.parse_args(words) if self.actions else self.parse_intermixed_args(words)
+        return Arguments(**vars(found))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see '{self.prog} --help'")

@@ -15,7 +15,7 @@ from aether import __version__
 from aether.cli.arguments import add_format
 from aether.cli.output import escape
 from aether.client.session import config_path, endpoint, read_config, read_session, session_path
-from aether.model.errors import AetherError
+from aether.model.errors import AetherError, NetworkError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def run(arguments: Arguments, context: Context) -> int:
     check("config", lambda: _config(context))
     check("session", lambda: _session(context))
     check("server", lambda: _server(context))
-    check("login", lambda: _login(context))
+    if checks[-1]["status"] == "ok":
+        check("login", lambda: _login(context))
     for tool in ("node", "npm"):
         check(f"{tool} for building", lambda tool=tool: _tool(tool))
     settings: dict[str, str] = {}
@@ -109,7 +110,12 @@ def _session(context: Context) -> Finding:
 
 def _server(context: Context) -> Finding:
     found = endpoint(context.environ)
-    context.api.ready()
+    try:
+        context.api.ready()
+    except NetworkError as error:
+        if found.base_from != "default":
+            raise
+        return "warn", error.message
     return "ok", f"{found.api_base} is ready (address from {found.base_from})"
 
 

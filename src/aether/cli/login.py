@@ -47,6 +47,8 @@ def run(arguments: Arguments, context: Context) -> int:
         )
     on_event = context.note if context.log.shows("debug") else None
     with Api(Transport(base, on_event=on_event)) as api:
+        # a server that is not there is said before anybody types a token
+        api.alive()
         answer = api.login(_token(arguments, context, origin))
         if arguments.username and answer["name"] != arguments.username:
             api.transport.token = answer["token"]

@@ -94,6 +94,10 @@ class Api:
     def whoami(self) -> Identity:
         return self._get("/auth/whoami")
 
+    def alive(self, timeout_s: float = 10.0) -> None:
+        """Raises NetworkError unless a server answers."""
+        self.transport.request("GET", "/healthz", timeout_s=timeout_s)
+
     def ready(self, timeout_s: float = 5.0) -> dict[str, Any]:
         """What /readyz says; raises ServiceUnavailable when a dependency is missing."""
         return self.transport.request("GET", "/readyz", timeout_s=timeout_s).json()
