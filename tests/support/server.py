@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import io
@@ -49,7 +50,7 @@ def pack(files: dict[str, str]) -> bytes:
     """A .tar.gz of text files; a package.json that starts server.js is added."""
     files = {"package.json": json.dumps({"name": "x", "scripts": {"start": "node server.js"}}), **files}
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name, text in files.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(text.encode()), 0o644

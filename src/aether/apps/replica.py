@@ -79,6 +79,8 @@ class Replica:
         self._reason: Reason | None = None
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
+        self._life_over = asyncio.Event()
+        self._life_over.set()
         self.instance_id = adopt or new_id()
         self.observed = Observed.STARTING
         self.backend: Backend | None = None
@@ -97,9 +99,11 @@ class Replica:
 
     def run(self) -> None:
         """Start, or start again after an end that was not followed by a restart."""
+        self._stopping = False
         if self._task is None or self._task.done():
             if self._task is not None:
                 self._renew()
+            self._life_over.clear()
             self._task = asyncio.create_task(self._live(), name=f"replica {self._launch.spec.app}")
 
     def release(self) -> None:
@@ -142,8 +146,7 @@ class Replica:
     async def _stop(self, grace_secs: float) -> None:
         if self._instance is not None:
             await self._instance.stop(grace_secs)
-        if self._task is not None:
-            await asyncio.wait((self._task,))
+        await self._life_over.wait()
 
     async def abandon(self) -> None:
         """Stop watching and leave the instance as it is, for another server to adopt."""
@@ -153,12 +156,15 @@ class Replica:
 
     async def _live(self) -> None:
         while True:
+            self._life_over.clear()
             try:
                 ready_secs = await self._one_life()
             except Exception as error:  # noqa: BLE001 - whatever a driver does wrong, the app must not stay down for it
                 _log.error("an instance failed unexpectedly", app=self._launch.spec.app, exc_info=error)
                 self._reason = Reason("internal", "the instance failed for a reason that is the server's")
                 ready_secs = 0.0
+            finally:
+                self._life_over.set()
             self.observed = Observed.EXITED
             self._changed()
             if not self.keep:

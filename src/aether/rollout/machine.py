@@ -246,7 +246,9 @@ def _abandoned(view: RolloutView) -> Sequence[Action]:
     doomed = tuple(i.id for i in view.new if i.observed not in (Observed.STOPPING, Observed.EXITED))
     if doomed:
         actions.append(Stop(doomed))
-    if view.old_held and not _live(view.new):
+    if view.old_held and _live(view.old):
+        actions.extend(_retire(view.old))  # half taken down already: it comes back as a whole
+    elif view.old_held and not _live(view.new):
         actions.append(RestoreOld())
     return actions
 
