@@ -136,26 +136,22 @@ def _known(context: Context, app: str, *, must_answer: bool) -> bool:
 
 
 def _make(context: Context, progress: Progress, found: Plan, arguments: Arguments) -> Made:
-    from aether.build.plan import make
+    """Install and pack; the phases one by one, so that each line can say what really happened."""
+    from aether.artifact.pack import pack
+    from aether.build.plan import prepare
+    from aether.build.project import Made
 
-    packing = False
-
-    def on_pack(done: int, total: int) -> None:
-        nonlocal packing
-        if not packing:
-            packing = True
-            progress.end("; ".join(found.steps) or "nothing to install")
-            progress.begin("pack")
-        progress.advance(done, total)
-
-    progress.begin("install")
     out = Path(arguments.out) if arguments.out else _cached(context, found.project.app)
-    made = make(found, out, level=arguments.compression_level, on_line=progress.output, progress=on_pack)
-    packed = made.packed
-    progress.end(f"{packed.files} files, {size(packed.size_bytes)}, {packed.digest[:12]}")
+    progress.begin("install")
+    with prepare(found, on_line=progress.output) as prepared:
+        cached = "dependencies from the cache" if found.steps else "nothing to install"
+        install_ms = progress.end(cached if prepared.cached else "; ".join(found.steps))
+        progress.begin("pack")
+        packed = pack(prepared.entries, out, level=arguments.compression_level, progress=progress.advance)
+        pack_ms = progress.end(f"{packed.files} files, {size(packed.size_bytes)}, {packed.digest[:12]}")
     if not arguments.out:
         _prune(out, packed)
-    return made
+    return Made(found, prepared, packed, {"detect": found.detect_ms, "install": install_ms, "pack": pack_ms})
 
 
 def _ship(
