@@ -67,14 +67,6 @@ def _record(key: bytes, value: bytes) -> bytes:
     return b"%d %b=%b\n" % (length, key, value)
 
 
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def padding(size: int) -> int:
     """Zero bytes that follow `size` bytes of content up to the next block."""
     return -size % BLOCK
@@ -85,9 +77,9 @@ def header(name: bytes, mode: int, size: int, kind: bytes, target: bytes = b"") 
     split = _split(name)
     if split is not None and size < _MAX_OCTAL_SIZE and len(target) <= _LINK:
         return _header(split[0], split[1], mode, size, kind, target)
+    # names that are not UTF-8 stand here as they are: the record that would announce them (hdrcharset) is one that
+    # GNU tar warns of, and readers take the bytes without it
     records: list[bytes] = []
-    if not (_is_utf8(name) and _is_utf8(target)):
-        records.append(_record(b"hdrcharset", b"BINARY"))
     if len(target) > _LINK:
         records.append(_record(b"linkpath", target))
     if split is None:

@@ -7,13 +7,14 @@ comparing text is not enough, because `up/..` leads elsewhere when `up` is itsel
 from collections.abc import Mapping
 
 _MAX_HOPS = 40
-"""Linux gives up after this many links (ELOOP); such a link leads nowhere, so it cannot lead outside."""
+"""Linux gives up after this many links (ELOOP). Programs that resolve names themselves may read on, taking the link
+for a plain name, and so do we."""
 
 
 def escapes(name: bytes, target: bytes, links: Mapping[bytes, bytes]) -> bool:
     """True when the link `name` → `target` is absolute, empty or leaves the tree; `links` are all its links by name.
 
-    What the target names need not exist. Bound: 40 links followed, as the kernel does.
+    What the target names need not exist. At most 40 links are followed.
     """
     if not target or target.startswith(b"/") or b"\0" in target:
         return True
@@ -35,7 +36,7 @@ def escapes(name: bytes, target: bytes, links: Mapping[bytes, bytes]) -> bool:
             continue
         hops += 1
         if hops > _MAX_HOPS:
-            return False
+            continue
         if not through or through.startswith(b"/"):
             return True
         place.pop()
