@@ -268,6 +268,9 @@ class Exchange:
         elif not request.minor:
             framing += b"Connection: keep-alive\r\n"
         self._keep_alive = keep_alive
+        if ended:
+            # the connection is back in the pool: a full send buffer must not stop its reading any more
+            self._upstream = None
         client.transport.write(client_response(head, self._request_id, framing) + body)
         if ended:
             self._done(now)
@@ -284,6 +287,8 @@ class Exchange:
                 data += LAST_CHUNK
         else:
             data = payload
+        if ended:
+            self._upstream = None
         if data:
             client.transport.write(data)
         if ended:
@@ -392,7 +397,8 @@ class Exchange:
         """Look at the clocks (loop time); False when the client connection must be dropped."""
         options = self.client.edge.options
         if self._tunnel is not None:
-            if now - self._tunnel.seen > options.tunnel_idle_secs:
+            limit = options.idle_timeout_secs if self._tunnel.half_closed else options.tunnel_idle_secs
+            if now - self._tunnel.seen > limit:
                 self._tunnel.abort()
             return True
         if self._task is not None:

@@ -27,6 +27,9 @@ HEAD_END: Final = b"\r\n\r\n"
 NO_BODY: Final = -1
 """`content_length` of a head that carries none."""
 
+NO_PROMISE: Final = -1
+"""`keep_alive_secs` of a head that says nothing about it."""
+
 _MAX_LENGTH_DIGITS: Final = 18
 
 _HOST_FIELD, _LENGTH, _CODING, _CONNECTION, _UPGRADE, _EXPECT, _ID, _TRACE, _STATE, _KEEP_ALIVE, _DROP = range(11)
@@ -102,8 +105,8 @@ class ResponseHead:
     content_length: int = NO_BODY
     chunked: bool = False
     keep_alive: bool = True
-    keep_alive_secs: int = 0
-    """What `Keep-Alive: timeout=` promises, 0 when it is absent."""
+    keep_alive_secs: int = NO_PROMISE
+    """What `Keep-Alive: timeout=` promises."""
     upgrade: bytes = b""
 
 
@@ -339,7 +342,7 @@ def _keep_alive_secs(value: bytes) -> int:
         name, _, number = part.strip(b" \t").partition(b"=")
         if name == b"timeout" and number.isdigit() and len(number) < 10:
             return int(number)
-    return 0
+    return NO_PROMISE
 
 
 def _bad_first(line: bytes, what: str) -> str:

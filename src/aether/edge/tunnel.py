@@ -13,7 +13,7 @@ _HIGH_WATER: Final = 64 * 1024
 class Tunnel:
     """Joins two transports until both directions have ended or one side broke; then calls `on_end` once."""
 
-    __slots__ = ("_client", "_on_end", "_open", "_upstream", "bytes_in", "bytes_out", "seen")
+    __slots__ = ("_client", "_on_end", "_open", "_upstream", "bytes_in", "bytes_out", "half_closed", "seen")
 
     def __init__(
         self,
@@ -23,6 +23,8 @@ class Tunnel:
     ) -> None:
         self._on_end = on_end
         self.seen = monotonic()
+        self.half_closed = False
+        """One side has said that it will send nothing more."""
         self.bytes_in = 0
         self.bytes_out = 0
         self._open = 2
@@ -83,6 +85,7 @@ class _Side(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.finished = True
+        self._tunnel.half_closed = True
         peer = self._other.get_protocol()
         if isinstance(peer, _Side) and peer.finished:
             # both directions are over: closing flushes what is still to be written

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
-from aether.edge.head import HEAD_END, NO_BODY, HeadError, ResponseHead, parse_response
+from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError, ResponseHead, parse_response
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
@@ -205,7 +205,7 @@ class UpstreamConnection(asyncio.Protocol):
         now = monotonic()
         self._reusable = head.keep_alive
         self._keep_secs = exchange.pool_secs
-        if head.keep_alive_secs:
+        if head.keep_alive_secs != NO_PROMISE:
             # the upstream closes idle connections after that time: leave well before
             self._keep_secs = min(self._keep_secs, head.keep_alive_secs * 0.8)
         ended = False
