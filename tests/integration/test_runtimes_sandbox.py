@@ -6,14 +6,17 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from aether.model.errors import BadRequest
 from aether.model.instance import Limits
+from aether.runtimes.process.record import keeper_of
 from support.runtimes import NODE_SERVER, Bench, ask, bench
 
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -88,6 +91,22 @@ async def test_the_host_s_files_are_out_of_sight(box: Bench) -> None:
 async def test_it_inherits_no_descriptor(box: Bench) -> None:
     _, lines = await box.run("ls /proc/self/fd")
     assert lines == ["0", "1", "2", "3"]  # the last is the listing itself
+
+
+def test_the_server_s_event_loop_does_not_matter(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path / "data") as box:
+            _, lines = await box.run("ls /proc/self/fd")
+            assert lines == ["0", "1", "2", "3"]
+            instance = await box.runtime.start(box.spec("exec node server.js", files={"server.js": NODE_SERVER}))
+            assert await ask(instance) == "hello from node"
+            keeper, _ = keeper_of(box.data / "instances" / instance.spec.instance_id)
+            opened = [os.readlink(path) for path in Path(f"/proc/{keeper}/fd").iterdir()]
+            assert sum(name.startswith("socket:") for name in opened) <= 3  # listener, subscriber, dialer
+            assert (await instance.stop(5.0)).signal == signal.SIGTERM
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
 
 
 async def test_neither_the_host_nor_another_instance_can_be_reached(box: Bench) -> None:

@@ -132,14 +132,13 @@ def egress(program: bytes, init_pid: int) -> tuple[int, int]:
         b"--configure",
         b"--mtu=65520",
         b"--disable-host-loopback",
-        b"--enable-sandbox",
         b"--enable-seccomp",
         b"--exit-fd=%d" % read,
     ]
     owner = -1
     if os.geteuid() == 0:
-        arguments += [b"%d" % init_pid, b"tap0"]
-    else:
+        arguments += [b"--enable-sandbox", b"%d" % init_pid, b"tap0"]
+    else:  # its own sandbox needs a root in the instance's user namespace, and that has none
         from .dialer import owner_of
 
         path = f"/proc/{init_pid}/ns/net"
