@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from aether.model.instance import InstanceExit
 from aether.runtimes.process import ProcessRuntime, RuntimeOptions, runtime
 from aether.runtimes.process.record import Record, keeper_of, take_lock
 from aether.runtimes.process.shim.processes import started
-from support.runtimes import NODE_SERVER, Bench, ask, bench, cgroups_named, exchange, processes_mentioning
+from support.runtimes import NODE_SERVER, Bench, ask, bench, cgroups_named, exchange, gone, processes_mentioning
 
 PYTHON_SERVER = """
 import http.server, os, sys
@@ -263,13 +264,16 @@ async def test_a_killed_keeper_takes_its_sandbox_along(box: Bench) -> None:
     spec = box.spec("node server.js", files={"server.js": NODE_SERVER}, instance_id="orphan")
     instance = await box.runtime.start(spec)
     await ask(instance)
-    keeper, _ = keeper_of(box.data / "instances" / "orphan")
+    folder = box.data / "instances" / "orphan"
+    keeper, _ = keeper_of(folder)
+    init = json.loads((folder / "state.json").read_bytes())["init"][0]
     os.kill(keeper, signal.SIGKILL)
     async with asyncio.timeout(5):
         ended = await instance.wait()
     assert ended == InstanceExit(None, signal.SIGKILL)
     assert cgroups_named("orphan") == []
-    assert processes_mentioning(os.fspath(box.data)) == []
+    await gone(os.fspath(box.data))
+    await gone(f"{init}\0tap0")
     later = ProcessRuntime(box.data)
     found = await later.adopt("orphan")
     assert found is not None
@@ -286,7 +290,7 @@ async def test_a_keeper_that_hangs_is_ended_by_stop(box: Bench, monkeypatch: pyt
     os.kill(keeper, signal.SIGSTOP)
     async with asyncio.timeout(5):
         assert (await instance.stop(0.0)).signal == signal.SIGKILL
-    assert processes_mentioning(os.fspath(box.data)) == []
+    await gone(os.fspath(box.data))
 
 
 async def test_a_start_that_a_killed_server_never_finished(box: Bench) -> None:
@@ -329,7 +333,7 @@ async def test_plain_children_only_when_asked_for(tmp_path: Path, monkeypatch: p
         assert await ask(second) == "hello from node"
         await instance.stop(5.0)
         await second.stop(5.0)
-        assert processes_mentioning(os.fspath(box.data)) == []
+        await gone(os.fspath(box.data))
         with pytest.raises(OSError):
             await second.dial()
         ended, lines = await box.run("sleep 1000 & echo $A; pwd; exit 4", env={"A": "x"})

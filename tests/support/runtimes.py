@@ -131,5 +131,12 @@ def processes_mentioning(text: str) -> list[int]:
     return found
 
 
+async def gone(text: str) -> None:
+    """Return when no process mentions `text` any more; for helpers that end by themselves a moment later."""
+    async with asyncio.timeout(3):
+        while processes_mentioning(text):
+            await asyncio.sleep(0.005)
+
+
 def cgroups_named(instance_id: str) -> list[Path]:
     return [Path(folder) for folder, _, _ in os.walk("/sys/fs/cgroup") if folder.endswith(f"/{instance_id}")]

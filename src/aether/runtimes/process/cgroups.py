@@ -37,6 +37,13 @@ class Cgroups:
             return "cgroup v2"
         return "cgroup v1" if controller in self.v1 else None
 
+    def mounts(self, instance_id: str) -> list[tuple[Path, str]]:
+        """Where an instance finds its own groups, so that language runtimes size themselves by its limits."""
+        found = [(parent / instance_id, f"/sys/fs/cgroup/{name}") for name, parent in self.v1.items()]
+        return (
+            [(self.v2 / instance_id, "/sys/fs/cgroup"), *found] if self.v2 is not None and self.controllers else found
+        )
+
     def create(self, instance_id: str, limits: Limits) -> Group:
         """Make the groups of an instance and set its limits; 0 is no limit. Raises OSError."""
         folders: list[Path] = []

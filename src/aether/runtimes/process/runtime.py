@@ -198,7 +198,10 @@ class ProcessRuntime:
             pids=spec.limits.pids if bounded and not groups.enforces("pids") else 0,
             folder=app_dir,
         )
-        lock = await asyncio.to_thread(self._prepare, spec, folder, kind, port)
+        try:
+            lock = await asyncio.to_thread(self._prepare, spec, folder, kind, port)
+        except OSError as error:
+            raise ServiceUnavailable(f"instance {spec.instance_id} cannot be recorded: {error}") from error
         try:
             made = record.Record.read(folder)
             group = made.group if made is not None else Group()
@@ -228,12 +231,15 @@ class ProcessRuntime:
 
     def _prepare(self, spec: InstanceSpec, folder: Path, kind: str, port: int) -> int:
         """Everything on disk before the start; returns the instance's lock, taken."""
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for needed in (self._data, folder.parent, folder):
+            needed.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = record.take_lock(folder)
         if lock is None:
             raise ServiceUnavailable(f"instance {spec.instance_id} is being started by another server")
         try:
-            self._log(spec.instance_id, spec.app).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log_folder = self._log(spec.instance_id, spec.app).parent
+            for needed in (log_folder.parent, log_folder):
+                needed.mkdir(mode=0o700, exist_ok=True)
             etc = folder / "etc"
             etc.mkdir(mode=0o755, exist_ok=True)
             uid = self._uid(spec.app) if os.geteuid() == 0 else sandbox.USER_ID
@@ -257,7 +263,8 @@ class ProcessRuntime:
         return sandbox.command(tools, self._uid(app) if os.geteuid() == 0 else None)
 
     def _sandbox_options(self, spec: InstanceSpec, folder: Path) -> list[bytes]:
-        return sandbox.options(spec, self._view, folder / "etc", as_root=os.geteuid() == 0)
+        groups = self._groups.mounts(spec.instance_id)
+        return sandbox.options(spec, self._view, folder / "etc", as_root=os.geteuid() == 0, groups=groups)
 
     def _uid(self, app: str) -> int:
         """A uid of the app's own, the same for all time on this machine."""

@@ -8,6 +8,7 @@ after privileges are gone (LD_PRELOAD must not meet a privileged program) and of
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,13 @@ class Tools:
     setpriv: str
 
 
-def options(spec: InstanceSpec, view: HostView, etc: Path, *, as_root: bool) -> list[bytes]:
-    """Arguments for `bwrap --args`: namespaces, mounts, filter. `etc` holds the synthesised files of /etc."""
+def options(
+    spec: InstanceSpec, view: HostView, etc: Path, *, as_root: bool, groups: Sequence[tuple[Path, str]] = ()
+) -> list[bytes]:
+    """Arguments for `bwrap --args`: namespaces, mounts, filter.
+
+    `etc` holds the synthesised files of /etc; `groups` are cgroup folders and where they are shown, read-only.
+    """
     limits = spec.limits
     arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if as_root:
@@ -49,7 +55,7 @@ def options(spec: InstanceSpec, view: HostView, etc: Path, *, as_root: bool) -> 
     for target, name in view.links:
         arguments += ["--symlink", target, name]
     files = [f"/etc/{name}" for name in sorted(etc_files(spec, USER_ID))]
-    for folder in _parents([*view.etc, *files, *view.tools]):
+    for folder in _parents([*view.etc, *files, *view.tools, *(place for _, place in groups)]):
         arguments += ["--perms", "0755", "--dir", folder]
     for name in view.etc:
         arguments += ["--ro-bind-try", name, name]
@@ -57,6 +63,8 @@ def options(spec: InstanceSpec, view: HostView, etc: Path, *, as_root: bool) -> 
         arguments += ["--ro-bind", str(etc / Path(name).name), name]
     for prefix in view.tools:
         arguments += ["--ro-bind", prefix, prefix]
+    for folder, place in groups:
+        arguments += ["--ro-bind", str(folder), place]
     for folder in view.hidden:
         arguments += ["--tmpfs", folder, "--remount-ro", folder]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
