@@ -225,6 +225,11 @@ class Replica:
         finally:
             self.backend = None
             self._instance = None
+        if self._adopt == self.instance_id and ready_at is None and not self._stopping:
+            # it ended, or was never quite started, while no server looked: that says nothing about the release
+            await self._bury("failed")
+            self._renew()
+            return await self._one_life()
         self.observed = Observed.EXITED
         self._changed()
         await self._bury("stopped" if self._stopping else "failed")
@@ -251,8 +256,7 @@ class Replica:
         return await runtime.start(replace(self._launch.spec, instance_id=self.instance_id))
 
     async def _pass_gate(self, instance: Instance) -> InstanceExit | None:
-        if self._adopt == self.instance_id and self._was_ready:
-            self._was_ready = False
+        if self._adopt == self.instance_id and self._was_ready and await _listens(instance):
             return None
         self._gate = Gate(instance, self._launch.check)
         limit = self._launch.start_timeout_secs if self.keep else None
@@ -285,6 +289,14 @@ class Replica:
         except AetherError as error:
             # what runs matters more than its record; the next change or start sets it right
             _log.warning("an instance's status was not recorded", instance=self.instance_id, error=error.message)
+
+
+async def _listens(instance: Instance) -> bool:
+    try:
+        (await instance.dial()).close()
+    except OSError:
+        return False
+    return True
 
 
 async def prune_ended(drivers: Drivers, app_id: str, app: str, keep: int) -> None:
