@@ -110,7 +110,8 @@ class Exchange:
         self._trace = trace = head.traceparent or edge.traces.new()
         self._request_id = request_id = head.request_id or trace[3:35]
         edge.counters.requests += 1
-        self._route = route = edge.table.find(head.host)
+        table = edge.table
+        self._route = route = table.found.get(head.host) or table.find(head.host)
         if route is None:
             self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
             return
@@ -247,11 +248,7 @@ class Exchange:
         keep_alive = request.keep_alive
         if client.edge.closing or (ended and not self.upload_done) or request.upgrade:
             keep_alive = False
-        if status == 204:
-            framing = b""
-        elif length != NO_BODY:
-            framing = b"Content-Length: %d\r\n" % length
-        elif self.is_head or status == 304:
+        if length != NO_BODY or status == 204 or status == 304 or request.method == b"HEAD":
             framing = b""
         elif request.minor:
             self._encode = True
@@ -273,7 +270,8 @@ class Exchange:
             self._upstream = None
         client.transport.write(client_response(head, self._request_id, framing) + body)
         if ended:
-            self._done(now)
+            self._settle(now)
+            client.exchange_done(keep_alive and self.upload_done)
         elif client.write_paused and self._upstream is not None:
             self._upstream.pause_reading()
 

@@ -12,8 +12,7 @@ from typing import Final
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]"
-_METHOD: Final = re.compile(_TOKEN + rb"{1,32}")
-_TARGET: Final = re.compile(rb"[\x21-\x7e]++")
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([\x21-\x7e]++) HTTP/1\.([01])")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"*+))?")
 _FIELD: Final = re.compile(rb"(" + _TOKEN + rb"++):[ \t]*+(" + _TEXT + rb"*+)")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._\-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
@@ -21,11 +20,13 @@ _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]*)([^#]*)")
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _STRAY: Final = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
-_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"))
 
 HEAD_END: Final = b"\r\n\r\n"
 NO_BODY: Final = -1
 """`content_length` of a head that carries none."""
+
+_MAX_KNOWN: Final = 4096
+_MAX_KNOWN_BYTES: Final = 256
 
 NO_PROMISE: Final = -1
 """`keep_alive_secs` of a head that says nothing about it."""
@@ -65,6 +66,9 @@ _RESPONSE_FIELDS: Final[dict[bytes, int]] = {
     b"trailer": _DROP,
 }
 _STRAY_MESSAGE: Final = "the head has a bare CR, a bare LF or a NUL byte"
+_UNNAMED: Final = frozenset((b"keep-alive", b"close", b"upgrade", b"", b"content-length"))
+"""Connection options that are no field names, and the one end-to-end field whose loss would change the framing."""
+
 _OWNED_PREFIXES: Final = (b"x-aether-", b"x-forwarded-")
 
 
@@ -77,7 +81,8 @@ class HeadError(Exception):
 
 
 class RequestHead:
-    """What the edge needs of a request head. `lines` are the end-to-end fields that pass unchanged."""
+    """What the edge needs of a request head. `lines` are the end-to-end fields that pass unchanged,
+    Content-Length among them."""
 
     method: bytes
     target: bytes
@@ -96,7 +101,8 @@ class RequestHead:
 
 
 class ResponseHead:
-    """What the edge needs of a response head. `lines` are the end-to-end fields that pass unchanged."""
+    """What the edge needs of a response head. `lines` are the end-to-end fields that pass unchanged,
+    Content-Length (but never of a 204) among them."""
 
     status: int
     line: bytes
@@ -110,25 +116,26 @@ class ResponseHead:
     upgrade: bytes = b""
 
 
+_Entry = tuple[int, bytes, int]
+
+
 class _Lines:
     """Field lines already found valid, by their bytes: most lines of most messages repeat.
 
-    Maps a line to None when it passes unchanged, else to its kind and value. Bounded; forgets all when full. Lines
-    that carry credentials or are long are not kept.
+    Maps a line to None when it passes unchanged, else to its kind, value and number (of a Content-Length). Bounded;
+    forgets all when full. Lines that carry credentials or are long are not kept.
     """
 
     __slots__ = ("_kinds", "known", "owned")
 
-    _MAX_LINES: Final = 4096
-    _MAX_BYTES: Final = 256
     _SECRET: Final = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"))
 
     def __init__(self, kinds: dict[bytes, int], *, owned: bool) -> None:
         self._kinds = kinds
         self.owned = owned
-        self.known: dict[bytes, tuple[int, bytes] | None] = {}
+        self.known: dict[bytes, _Entry | None] = {}
 
-    def learn(self, line: bytes) -> tuple[int, bytes] | None:
+    def learn(self, line: bytes) -> _Entry | None:
         """Check and classify a line. Raises HeadError."""
         match = _FIELD.fullmatch(line)
         if match is None:
@@ -137,9 +144,14 @@ class _Lines:
         kind = self._kinds.get(name)
         if kind is None and self.owned and _owned(name):
             kind = _DROP
-        entry = None if kind is None else (kind, match[2].rstrip(b" \t"))
-        if len(line) <= self._MAX_BYTES and name not in self._SECRET:
-            if len(self.known) >= self._MAX_LINES:
+        entry: _Entry | None = None
+        if kind is not None:
+            value = match[2].rstrip(b" \t")
+            if kind == _HOST_FIELD and not _HOST.fullmatch(value):
+                raise HeadError("the Host field does not name a host")
+            entry = kind, value, _length(value) if kind == _LENGTH else 0
+        if len(line) <= _MAX_KNOWN_BYTES and name not in self._SECRET:
+            if len(self.known) >= _MAX_KNOWN:
                 self.known.clear()
             self.known[line] = entry
         return entry
@@ -153,23 +165,17 @@ def has_stray_control(partial: bytes) -> bool:
 def parse_request(data: bytes, end: int) -> RequestHead:
     """Read the request head `data[:end]`, `end` being where its closing empty line begins. Raises HeadError."""
     lines = data[:end].split(b"\r\n")
-    parts = lines[0].split(b" ")
-    if len(parts) != 3:
-        raise HeadError(_bad_first(lines[0], "request"))
-    method, target, version = parts
-    if (method not in _METHODS and not _METHOD.fullmatch(method)) or not _TARGET.fullmatch(target):
-        raise HeadError(_bad_first(lines[0], "request"))
+    first = lines[0]
+    method, target, minor = _firsts[first] if first in _firsts else _learn_first(first)
     head = RequestHead()
-    if version != b"HTTP/1.1":
-        if version != b"HTTP/1.0":
-            raise HeadError(_bad_first(lines[0], "request"))
+    if not minor:
         head.minor = 0
         head.keep_alive = False
     head.method = method
     head.lines = kept = list[bytes]()
     host = b""
     del lines[0]
-    rare: list[tuple[int, bytes]] | None = None
+    rare: list[_Entry] | None = None
     known = _request_lines.known
     for line in lines:
         entry = known[line] if line in known else _request_lines.learn(line)
@@ -179,8 +185,11 @@ def parse_request(data: bytes, end: int) -> RequestHead:
             if host:
                 raise HeadError("more than one Host field")
             host = entry[1]
-            if not _HOST.fullmatch(host):
-                raise HeadError("the Host field does not name a host")
+        elif entry[0] == _LENGTH:
+            if head.content_length != NO_BODY:
+                raise HeadError("more than one Content-Length field")
+            head.content_length = entry[2]
+            kept.append(line)
         elif entry[0] != _DROP:
             if rare is None:
                 rare = [entry]
@@ -197,17 +206,13 @@ def parse_request(data: bytes, end: int) -> RequestHead:
     return head
 
 
-def _take_rare(head: RequestHead, fields: list[tuple[int, bytes]]) -> None:
+def _take_rare(head: RequestHead, fields: list[_Entry]) -> None:
     """Apply the fields that mean something to the edge itself."""
     connection = upgrade = state = b""
     ids = traces = 0
-    for kind, value in fields:
+    for kind, value, _ in fields:
         if kind == _CONNECTION:
             connection = connection + b"," + value if connection else value
-        elif kind == _LENGTH:
-            if head.content_length != NO_BODY:
-                raise HeadError("more than one Content-Length field")
-            head.content_length = _length(value)
         elif kind == _CODING:
             if head.chunked or value.lower() != b"chunked":
                 raise HeadError("Transfer-Encoding must be exactly 'chunked'")
@@ -258,11 +263,13 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
         if entry is None:
             kept.append(line)
             continue
-        kind, value = entry
+        kind, value, number = entry
         if kind == _LENGTH:
             if head.content_length != NO_BODY:
                 raise HeadError("more than one Content-Length field")
-            head.content_length = _length(value)
+            head.content_length = number
+            if head.status != 204:
+                kept.append(line)
         elif kind == _CONNECTION:
             connection = connection + b"," + value if connection else value
         elif kind == _KEEP_ALIVE:
@@ -282,6 +289,19 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
         head.keep_alive = b"close" not in tokens and (minor == 1 or b"keep-alive" in tokens)
         head.lines = _without(kept, tokens)
     return head
+
+
+def _learn_first(line: bytes) -> tuple[bytes, bytes, int]:
+    """Check a request line: (method, target, minor version). Raises HeadError."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise HeadError(_bad_first(line, "request"))
+    first = match[1], match[2], 1 if match[3] == b"1" else 0
+    if len(line) <= _MAX_KNOWN_BYTES:
+        if len(_firsts) >= _MAX_KNOWN:
+            _firsts.clear()
+        _firsts[line] = first
+    return first
 
 
 def _learn_status(line: bytes) -> tuple[int, bytes, int]:
@@ -327,9 +347,8 @@ def _tokens(connection: bytes) -> list[bytes]:
 
 def _without(lines: list[bytes], names: list[bytes]) -> list[bytes]:
     """`lines` less the fields that a Connection field names."""
-    if not any(name not in (b"keep-alive", b"close", b"upgrade", b"") for name in names):
-        return lines
-    return [line for line in lines if line[: line.index(b":")].lower() not in names]
+    named = frozenset(names) - _UNNAMED
+    return [line for line in lines if line[: line.index(b":")].lower() not in named] if named else lines
 
 
 def _tunnels(upgrade: bytes) -> bytes:
@@ -360,4 +379,5 @@ def _why_not(line: bytes) -> str:
 
 _request_lines: Final = _Lines(_REQUEST_FIELDS, owned=True)
 _response_lines: Final = _Lines(_RESPONSE_FIELDS, owned=False)
+_firsts: Final[dict[bytes, tuple[bytes, bytes, int]]] = {}
 _statuses: Final[dict[bytes, tuple[int, bytes, int]]] = {}

@@ -8,29 +8,31 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from aether.edge.head import NO_BODY, RequestHead, ResponseHead
+from aether.edge.head import RequestHead, ResponseHead
 
 
 class TraceParents:
     """Makes W3C `traceparent` values; draws randomness for many at once, because a system call per request shows."""
 
-    __slots__ = ("_at", "_hex")
+    __slots__ = ("_at", "_hex", "_span")
 
     _BATCH: Final = 256
-    _DIGITS: Final = 48
+    _DIGITS: Final = 32
 
     def __init__(self) -> None:
         self._hex = b""
+        self._span = b""
         self._at = 0
 
     def new(self) -> bytes:
+        """A trace id of its own; the span id is shared by a batch, as it need only be unique within its trace."""
         at = self._at
         if at >= len(self._hex):
             self._hex = os.urandom(self._BATCH * self._DIGITS // 2).hex().encode("ascii")
+            self._span = b"-%b-01" % os.urandom(8).hex().encode("ascii")
             at = 0
-        self._at = at + self._DIGITS
-        digits = self._hex
-        return b"00-%b-%b-01" % (digits[at : at + 32], digits[at + 32 : at + 48])
+        self._at = end = at + self._DIGITS
+        return b"00-" + self._hex[at:end] + self._span
 
 
 def trace_id(traceparent: bytes) -> bytes:
@@ -49,8 +51,6 @@ def upstream_request(head: RequestHead, forwarded: bytes, request_id: bytes, tra
     lines = head.lines
     if head.chunked:
         lines.append(b"Transfer-Encoding: chunked")
-    elif head.content_length != NO_BODY:
-        lines.append(b"Content-Length: %d" % head.content_length)
     if head.expect_continue and head.minor:
         lines.append(b"Expect: 100-continue")
     if head.upgrade:

@@ -9,7 +9,6 @@ import asyncio
 import socket
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from random import getrandbits
 
 from aether.apps.ports import Backend, Instance
 from aether.edge.pool import EdgeBackend
@@ -20,14 +19,18 @@ _CACHE_SIZE = 4096
 class Route:
     """Where the requests of one app (or of the API, `app` None) go."""
 
-    __slots__ = ("app", "backends")
+    __slots__ = ("_turn", "app", "backends")
 
     def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
         self.app = app
         self.backends = backends
+        self._turn = 0
 
     def pick(self, but: Collection[EdgeBackend] = ()) -> EdgeBackend | None:
-        """The less loaded of two random backends (power of two choices, Mitzenmacher 2001) outside `but`."""
+        """The less loaded of two backends (power of two choices, Mitzenmacher 2001) outside `but`.
+
+        All ordered pairs take their turn: with one chooser that is as even as drawing them, and cheaper.
+        """
         backends: Sequence[EdgeBackend] = self.backends
         if but:
             backends = [backend for backend in backends if backend not in but]
@@ -36,10 +39,9 @@ class Route:
             return backends[0]
         if not count:
             return None
-        bits = getrandbits(32)
-        first = (bits & 0xFFFF) % count
-        second = (first + 1 + (bits >> 16) % (count - 1)) % count
-        one, two = backends[first], backends[second]
+        self._turn = turn = self._turn + 1
+        first = turn % count
+        one, two = backends[first], backends[(first + 1 + turn // count % (count - 1)) % count]
         return one if one.in_flight <= two.in_flight else two
 
 
@@ -51,7 +53,8 @@ class RouteTable:
         self._apps: dict[str, Route] = {}
         self._api: Route | None = None
         self._api_hosts: frozenset[str] = frozenset()
-        self._found: dict[bytes, Route] = {}
+        self.found: dict[bytes, Route] = {}
+        """Routes by the Host fields that led to them; `find` fills it."""
 
     def add(self, app: str, instance: Instance) -> EdgeBackend:
         """Make a backend that gets no requests yet."""
@@ -76,7 +79,7 @@ class RouteTable:
     def drop(self, app: str) -> None:
         """Forget the app: its host answers 404."""
         route = self._apps.pop(app, None)
-        self._found.clear()
+        self.found.clear()
         if route is not None:
             before, route.backends = route.backends, ()
             for backend in before:
@@ -98,14 +101,14 @@ class RouteTable:
         old = self._api
         self._api_hosts = frozenset(_plain(host) for host in hosts)
         self._api = Route(None, (EdgeBackend("api", dial, self._withdraw),))
-        self._found.clear()
+        self.found.clear()
         if old is not None:
             for backend in old.backends:
                 backend.retire()
 
     def find(self, host: bytes) -> Route | None:
         """The route for a Host field that `head` has found well-formed."""
-        route = self._found.get(host)
+        route = self.found.get(host)
         if route is not None:
             return route
         name = _plain(host.decode("ascii"))
@@ -114,9 +117,9 @@ class RouteTable:
         elif name.endswith(self._suffix):
             route = self._apps.get(name[: -len(self._suffix)])
         if route is not None:
-            if len(self._found) >= _CACHE_SIZE:
-                self._found.clear()
-            self._found[host] = route
+            if len(self.found) >= _CACHE_SIZE:
+                self.found.clear()
+            self.found[host] = route
         return route
 
     def prune(self, now: float) -> None:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
-from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError, ResponseHead, parse_response
+from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError, parse_response
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
@@ -63,7 +63,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._peek = peek
         self._exchange: Exchange | None = None
         self._state = _IDLE
-        self._buffer = b""
+        self._buffer: bytes = b""
         self._left = 0
         self._interim = 0
         self._chunks = _NO_CHUNKS
@@ -134,7 +134,7 @@ class UpstreamConnection(asyncio.Protocol):
         if exchange is None:
             self.backend.forget(self)
         elif self._state == _TO_CLOSE and exc is None:
-            self._end(exchange)
+            self._end(exchange, monotonic())
             exchange.answer_body(b"", True)
         else:
             self._exchange = None
@@ -154,7 +154,7 @@ class UpstreamConnection(asyncio.Protocol):
                 if size > self._left:
                     self._reusable = False
                     data = data[: self._left]
-                self._end(exchange)
+                self._end(exchange, monotonic())
                 exchange.answer_body(data, True)
         elif state == _HEAD:
             self._take_head(exchange, data)
@@ -163,7 +163,7 @@ class UpstreamConnection(asyncio.Protocol):
             if decoded is not None:
                 payload, ended = decoded
                 if ended:
-                    self._end(exchange)
+                    self._end(exchange, monotonic())
                 if payload or ended:
                     exchange.answer_body(payload, ended)
         else:
@@ -199,9 +199,6 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.interim(head)
             if not data:
                 return
-        self._start_body(exchange, head, data)
-
-    def _start_body(self, exchange: Exchange, head: ResponseHead, data: bytes) -> None:
         now = monotonic()
         self._reusable = head.keep_alive
         self._keep_secs = exchange.pool_secs
@@ -209,7 +206,7 @@ class UpstreamConnection(asyncio.Protocol):
             # the upstream closes idle connections after that time: leave well before
             self._keep_secs = min(self._keep_secs, head.keep_alive_secs * 0.8)
         ended = False
-        if exchange.is_head or head.status in (204, 304):
+        if head.status == 204 or head.status == 304 or exchange.is_head:
             ended = True
             if data:
                 self._reusable = False
@@ -233,7 +230,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._state = _TO_CLOSE
             self._reusable = False
         if ended:
-            self._end(exchange)
+            self._end(exchange, now)
         exchange.answer(head, data, ended, now)
 
     def _decode(self, exchange: Exchange, data: bytes) -> tuple[bytes, bool] | None:
@@ -252,7 +249,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.abort()
         exchange.upstream_broke(self, message)
 
-    def _end(self, exchange: Exchange) -> None:
+    def _end(self, exchange: Exchange, now: float) -> None:
         """The answer is complete: count the request out and keep or close the connection."""
         self._exchange = None
         self._state = _IDLE
@@ -262,7 +259,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self._paused:
                 self.resume_reading()
             self.reused = True
-            self.idle_until = monotonic() + self._keep_secs
+            self.idle_until = now + self._keep_secs
             self.backend.give(self, exchange.pool_size)
         else:
             self.close()
