@@ -6,6 +6,7 @@ Flags shared by verbs (`--app`, `--format`, ...) are spelled here once.
 from __future__ import annotations
 
 import argparse
+import os
 
 from aether.cli.main import LOG_FORMATS, LOG_LEVELS
 from aether.model.errors import UsageError
@@ -24,6 +25,20 @@ class Arguments(argparse.Namespace):
         return None
 
 
+class _Formatter(argparse.HelpFormatter):
+    """argparse makes one for every argument, and without a width each loads shutil and its compressors."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_width() - 2)
+
+
+def _width() -> int:
+    try:
+        return max(40, int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns))
+    except (OSError, ValueError):
+        return 100
+
+
 class Parser(argparse.ArgumentParser):
     """A verb's parser. `options` holds every argument in order; `actions` the parsers of its sub-commands."""
 
@@ -32,6 +47,7 @@ class Parser(argparse.ArgumentParser):
         self.actions: dict[str, Parser] = {}
         self._group: Any = None
         settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", _Formatter)
         super().__init__(**settings)
         # SUPPRESS: a sub-command's parser must not overwrite what its parent has read
         self.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

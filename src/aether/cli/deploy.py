@@ -100,7 +100,7 @@ def run(arguments: Arguments, context: Context) -> int:
 def _check(arguments: Arguments) -> None:
     if arguments.strategy in ("canary", "bluegreen") or arguments.dev_hot:
         wanted = "--dev-hot" if arguments.dev_hot else f"--strategy {arguments.strategy}"
-        raise UsageError(f"{wanted} needs Kubernetes; one machine offers {' and '.join(STRATEGIES)}")
+        raise UsageError(f"{wanted} is not offered by this version; use --strategy {' or '.join(STRATEGIES)}")
     if arguments.strategy not in STRATEGIES:
         raise UsageError(f"--strategy is one of {', '.join(STRATEGIES)}, not '{arguments.strategy}'")
     if not os.path.isdir(arguments.folder):

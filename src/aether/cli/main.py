@@ -74,8 +74,14 @@ def help_text() -> str:
 
 
 def entry(argv: "list[str] | None" = None) -> int:
-    """Run one command and return its exit code; nothing but SystemExit ever leaves it."""
-    given = sys.argv[1:] if argv is None else argv
+    """Run one command and return its exit code; the console script (no `argv`) ends the process with it."""
+    code = _guarded(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _guarded(given: "list[str]") -> int:
     try:
         code = _dispatch(given)
         sys.stdout.flush()
@@ -88,6 +94,15 @@ def entry(argv: "list[str] | None" = None) -> int:
         from aether.cli.failure import report
 
         return report(error, given)
+
+
+def _leave(code: int) -> None:
+    """End the process without taking the interpreter apart, which would cost a tenth of a short command."""
+    if "threading" in sys.modules or "atexit" in sys.modules:
+        # somebody may have something left to do: leave the long way
+        return
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dispatch(given: "list[str]") -> int:
