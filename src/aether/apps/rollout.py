@@ -132,14 +132,15 @@ class Rollout:
         while True:
             self._wake.clear()
             view = self._view()
-            actions = decide(view, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            actions = decide(view, now)
             if actions:
                 await self._apply_all(actions)
             elif finished(view):
                 return
             else:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(wakes_at(view)):
+                    async with asyncio.timeout_at(wakes_at(view, now)):
                         await self._wake.wait()
 
     def _view(self) -> RolloutView:

@@ -163,11 +163,11 @@ def finished(view: RolloutView) -> bool:
     return not _live(view.new) and not view.old_held
 
 
-def wakes_at(view: RolloutView) -> float | None:
-    """When `decide` must be asked again even if nothing changes; None if never."""
-    if view.status not in SETTLED or (view.status is DeploymentStatus.ACTIVE and not finished(view)):
-        return view.deadline
-    return None
+def wakes_at(view: RolloutView, now: float) -> float | None:
+    """When `decide` must be asked again even if nothing changes; None if never, always later than `now`."""
+    if finished(view) or view.deadline <= now:
+        return None
+    return view.deadline
 
 
 def _ended_early(view: RolloutView, now: float) -> Sequence[Action]:

@@ -1,0 +1,299 @@
+"""The rollout state machine against a simulated machine that crashes, stalls and forgets at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aether.model.deployment import SETTLED, DeploymentStatus, check_move
+from aether.rollout.machine import (
+    ArtifactState,
+    Begin,
+    Drain,
+    Fail,
+    HoldOld,
+    InstanceView,
+    Observed,
+    Promote,
+    Reason,
+    RestoreOld,
+    RolloutView,
+    Route,
+    Start,
+    Stop,
+    Strategy,
+    Verify,
+    decide,
+    finished,
+    wakes_at,
+)
+
+S = DeploymentStatus
+BOOM = Reason("exited", "the app exited with code 1")
+LIVE = (Observed.STARTING, Observed.READY, Observed.DRAINING, Observed.DRAINED, Observed.STOPPING)
+
+
+@dataclass
+class World:
+    """What really is: instances by id, the recorded statuses, the route. Only this survives a server crash."""
+
+    strategy: Strategy
+    old_runs: bool
+    deadline: float = 100.0
+    now: float = 0.0
+    status: DeploymentStatus = S.PENDING
+    old_status: DeploymentStatus | None = None
+    artifact: ArtifactState = ArtifactState.ABSENT
+    held: bool = False
+    old: dict[str, Observed] = field(default_factory=dict)
+    new: dict[str, Observed] = field(default_factory=dict)
+    route: tuple[str, ...] = ()
+    counter: int = 0
+    old_stopped_by_us: bool = False
+
+    def __post_init__(self) -> None:
+        if self.old_runs:
+            self.old_status = S.ACTIVE
+            self.old["old-0"] = Observed.READY
+            self.route = ("old-0",)
+
+    def view(self) -> RolloutView:
+        def views(group: dict[str, Observed]) -> tuple[InstanceView, ...]:
+            return tuple(
+                InstanceView(i, o, i in self.route, BOOM if o is Observed.EXITED else None) for i, o in group.items()
+            )
+
+        return RolloutView(
+            status=self.status,
+            strategy=self.strategy,
+            deadline=self.deadline,
+            artifact=self.artifact,
+            artifact_reason=BOOM if self.artifact is ArtifactState.FAILED else None,
+            old=views(self.old),
+            new=views(self.new),
+            old_held=self.held,
+        )
+
+    # --- what a server does with the actions
+
+    def step(self) -> bool:
+        actions = decide(self.view(), self.now)
+        for action in actions:
+            self.apply(action)
+            self.check()
+        return bool(actions)
+
+    def move(self, after: DeploymentStatus) -> None:
+        check_move(self.status, after)
+        self.status = after
+
+    def apply(self, action: object) -> None:
+        match action:
+            case Verify():
+                self.move(S.VERIFYING)
+            case Begin():
+                self.move(S.ROLLING_OUT)
+            case Start(count):
+                assert self.artifact is ArtifactState.READY
+                if self.strategy is Strategy.RECREATE:
+                    assert not any(o in LIVE for o in self.old.values()), "recreate ran both"
+                for _ in range(count):
+                    self.counter += 1
+                    self.new[f"new-{self.counter}"] = Observed.STARTING
+            case Promote():
+                assert self.new
+                assert all(o is Observed.READY for o in self.new.values())
+                self.move(S.ACTIVE)
+                if self.old_status is not None:
+                    self.old_status = S.SUPERSEDED
+                self.held = False
+            case Route(instances):
+                assert all(self.new[i] is Observed.READY for i in instances)
+                self.route = instances
+            case HoldOld():
+                assert self.strategy is Strategy.RECREATE
+                self.held = True
+            case RestoreOld():
+                assert not any(o in LIVE for o in self.new.values()), "both would run"
+                self.held = False
+                self.old = {"old-again": Observed.STARTING}
+            case Drain(instances):
+                self.may_take_down(instances)
+                self.route = tuple(i for i in self.route if i not in instances)
+                self.set(instances, Observed.DRAINING)
+            case Stop(instances):
+                self.may_take_down(instances)
+                self.set(instances, Observed.STOPPING)
+                self.route = tuple(i for i in self.route if i not in instances)
+            case Fail(reason):
+                assert reason.message
+                self.move(S.FAILED)
+            case other:
+                raise AssertionError(other)
+
+    def may_take_down(self, instances: tuple[str, ...]) -> None:
+        if not any(i in self.old for i in instances):
+            return
+        if self.strategy is Strategy.RECREATE and self.held:
+            return
+        routed = any(i in self.new for i in self.route)
+        assert self.status is S.ACTIVE, "an old instance was taken down before the promotion"
+        assert routed or self.now >= self.deadline, "an old instance was taken down before the new one was routed"
+
+    def set(self, instances: tuple[str, ...], observed: Observed) -> None:
+        for group in (self.old, self.new):
+            for i in instances:
+                if i in group and group[i] is not Observed.EXITED:
+                    group[i] = observed
+
+    def check(self) -> None:
+        statuses = [self.status, self.old_status]
+        assert statuses.count(S.ACTIVE) <= 1, "two active releases"
+        if self.strategy is Strategy.ROLLING and self.old_runs and self.status is not S.ACTIVE:
+            alive = [i for i, o in self.old.items() if o is Observed.READY]
+            assert set(self.route) == set(alive), "the old release does not serve although it could"
+
+    # --- what happens to it
+
+    def happen(self, what: str) -> None:
+        match what:
+            case "unpacked" if self.artifact is ArtifactState.ABSENT:
+                self.artifact = ArtifactState.READY
+            case "unpack fails" if self.artifact is ArtifactState.ABSENT:
+                self.artifact = ArtifactState.FAILED
+            case "new ready":
+                self.first(self.new, Observed.STARTING, Observed.READY)
+            case "new exits":
+                self.first(self.new, None, Observed.EXITED)
+                # a promoted release is kept up by its supervisor
+                if self.status is S.ACTIVE:
+                    self.first(self.new, Observed.EXITED, Observed.STARTING)
+            case "old exits" | "old ready":
+                if what == "old exits":
+                    self.first(self.old, Observed.READY, Observed.EXITED)
+                elif not self.held and self.status is not S.ACTIVE:
+                    self.first(self.old, Observed.EXITED, Observed.STARTING)
+                    self.first(self.old, Observed.STARTING, Observed.READY)
+                    self.route = self.route or tuple(i for i, o in self.old.items() if o is Observed.READY)
+            case "drained":
+                for group in (self.old, self.new):
+                    self.first(group, Observed.DRAINING, Observed.DRAINED)
+            case "stopped":
+                for group in (self.old, self.new):
+                    self.first(group, Observed.STOPPING, Observed.EXITED)
+            case "cancel":
+                if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT):
+                    self.move(S.CANCELLED)
+            case "time":
+                self.now += 30
+            case "crash":
+                # the successor finds instances as they are, but knows nothing of drains and looks at the folder again
+                self.artifact = ArtifactState.ABSENT
+                for group in (self.old, self.new):
+                    for i, o in group.items():
+                        if o in (Observed.DRAINING, Observed.DRAINED):
+                            group[i] = Observed.READY if not self.held else Observed.EXITED
+            case _:
+                return
+        self.route = tuple(i for i in self.route if {**self.old, **self.new}[i] is Observed.READY)
+
+    def first(self, group: dict[str, Observed], before: Observed | None, after: Observed) -> None:
+        for i, o in group.items():
+            if o is before or (before is None and o is not Observed.EXITED):
+                group[i] = after
+                return
+
+
+EVENTS = [
+    "unpacked", "unpack fails", "new ready", "new exits", "old exits", "old ready", "drained", "stopped", "cancel",
+    "time", "crash", "decide",
+]  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    strategy=st.sampled_from(Strategy),
+    old_runs=st.booleans(),
+    events=st.lists(st.sampled_from([*EVENTS, "decide", "decide", "unpacked", "new ready"]), max_size=40),
+)
+def test_any_interleaving_ends_settled_and_safe(strategy: Strategy, old_runs: bool, events: list[str]) -> None:
+    world = World(strategy, old_runs)
+    for event in events:
+        if event == "decide":
+            world.step()
+        else:
+            world.happen(event)
+    # from wherever it is now: the deadline passes, everything that was begun ends, the server goes on deciding
+    world.now = max(world.now, world.deadline)
+    for _ in range(60):
+        moved = world.step()
+        world.happen("drained")
+        world.happen("stopped")
+        if not moved and finished(world.view()):
+            break
+    assert world.status in SETTLED
+    assert finished(world.view())
+    assert not world.held
+    if world.status is not S.ACTIVE:
+        assert not any(o in LIVE for o in world.new.values()), "a failed rollout left an instance"
+        if old_runs:
+            assert world.old_status is S.ACTIVE
+            assert world.old, "the old release is gone"
+    else:
+        assert not any(o in LIVE for o in world.old.values())
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_the_straight_way(strategy: Strategy) -> None:
+    world = World(strategy, old_runs=True)
+    seen: list[DeploymentStatus] = [world.status]
+    for _ in range(30):
+        world.step()
+        if world.status is not seen[-1]:
+            seen.append(world.status)
+        for event in ("unpacked", "new ready", "drained", "stopped"):
+            world.happen(event)
+    assert seen == [S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ACTIVE]
+    assert finished(world.view())
+    assert all(i in world.new for i in world.route)
+
+
+def view(**changes: object) -> RolloutView:
+    base = RolloutView(status=S.ROLLING_OUT, strategy=Strategy.ROLLING, deadline=10.0, artifact=ArtifactState.READY)
+    return RolloutView(**{**{f: getattr(base, f) for f in base.__slots__}, **changes})  # type: ignore[arg-type]
+
+
+def test_the_deadline_tells_what_the_instance_waited_for() -> None:
+    late = InstanceView("n", Observed.STARTING, reason=Reason("never_listened", "listen on PORT"))
+    assert decide(view(new=(late,)), 9.9) == ()
+    assert decide(view(new=(late,)), 10.0) == (Fail(Reason("never_listened", "listen on PORT")),)
+
+
+def test_every_instance_must_be_ready() -> None:
+    ready, starting = InstanceView("a", Observed.READY), InstanceView("b", Observed.STARTING)
+    assert decide(view(desired=2, new=(ready,)), 0) == (Start(1),)
+    assert decide(view(desired=2, new=(ready, starting)), 0) == ()
+    assert decide(view(desired=2, new=(ready, InstanceView("b", Observed.READY))), 0) == (Promote(),)
+
+
+def test_a_promoted_release_that_fell_over_keeps_the_old_one_serving_until_the_deadline() -> None:
+    old = (InstanceView("o", Observed.READY, routed=True),)
+    new = (InstanceView("n", Observed.STARTING),)
+    waiting = view(status=S.ACTIVE, old=old, new=new)
+    assert decide(waiting, 5) == ()
+    assert wakes_at(waiting, 5) == 10.0
+    assert list(decide(waiting, 10)) == [Drain(("o",))]
+
+
+def test_an_interrupted_rollback_fails() -> None:
+    assert isinstance(decide(view(status=S.ROLLING_BACK), 0)[0], Fail)
+
+
+def test_nothing_wakes_a_finished_rollout() -> None:
+    assert wakes_at(view(status=S.FAILED), 0) is None
+    assert wakes_at(view(status=S.ACTIVE), 0) is None
+    draining = view(status=S.ACTIVE, old=(InstanceView("o", Observed.DRAINING),))
+    assert wakes_at(draining, 11) is None, "the loop would spin"
