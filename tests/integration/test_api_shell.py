@@ -240,6 +240,12 @@ async def test_the_description_is_openapi_3_1(api: Served) -> None:
     )
     ids = [operation["operationId"] for path in spec["paths"].values() for operation in path.values()]
     assert len(ids) == len(set(ids))
+    assert spec["paths"]["/auth/login"]["post"]["security"] == []
+    assert "security" not in spec["paths"]["/auth/whoami"]["get"]
+    assert set(spec["components"]["schemas"]["Error"]["properties"]) == {"code", "message", "details", "trace_id"}
+    for path in spec["paths"].values():
+        for operation in path.values():
+            assert "default" in operation["responses"]
     parameters = [p["name"] for p in spec["paths"]["/artifacts"]["get"]["parameters"]]
     assert sorted(parameters) == ["app", "cursor", "limit"]
 

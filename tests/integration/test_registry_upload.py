@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -377,3 +378,27 @@ async def test_a_client_that_stalls_is_given_up(api: Served, monkeypatch: pytest
         answer = await asyncio.to_thread(raw.recv, 100)
     assert answer.startswith(b"HTTP/1.1 400")
     assert api.files() == set()
+
+
+def open_files(name: str) -> list[str]:
+    links: list[str] = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(str(entry.readlink()))
+    return [link for link in links if link.endswith(name)]
+
+
+async def test_a_client_that_leaves_during_a_download_frees_everything(api: Served) -> None:
+    data = random_bytes(30_000_000)
+    done = await api.upload("shop", data)
+    async with api.client.get(api.base + done["artifact_url"], allow_redirects=False) as answer:
+        url = answer.headers["Location"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    assert len(open_files("app.tar.gz")) == 1
+    writer.transport.abort()
+    async with asyncio.timeout(5):
+        while open_files("app.tar.gz"):
+            await asyncio.sleep(0.005)
+    assert (await api.call("GET", done["artifact_url"]))[1] == data

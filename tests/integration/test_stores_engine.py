@@ -1,6 +1,7 @@
 """Transactions on a real SQLite file: isolation, contention, cancellation, outages and killed processes."""
 
 import asyncio
+import os
 import signal
 import sqlite3
 import subprocess
@@ -191,3 +192,36 @@ async def test_kill_9_loses_nothing_acknowledged(database: Database, tmp_path: P
     found = await names(database)
     assert found >= {f"n{n}" for n in range(acknowledged + 1)}
     assert len(found) <= acknowledged + 2
+
+
+async def test_a_full_disk_is_an_outage_that_ends(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a full disk is tested on a tmpfs, and mounting one needs root: run as root to test it")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    try:
+        database = Database(f"sqlite+aiosqlite:///{folder}/aether.db")
+        await database.open()
+        async with database.write() as tx:
+            await add_app(tx, "before")
+        filler = folder / "filler"
+        with filler.open("wb", buffering=0) as out:
+            free = os.statvfs(folder)
+            out.write(bytes(free.f_bavail * free.f_frsize))
+
+        async def write_much() -> None:
+            for n in range(200):
+                async with database.write() as tx:
+                    await add_app(tx, f"n{n}")
+
+        with pytest.raises(ServiceUnavailable, match="full"):
+            await write_much()
+        assert "before" in await names(database)
+        filler.unlink()
+        async with database.write() as tx:
+            await add_app(tx, "after")
+        assert {"before", "after"} <= await names(database)
+        await database.close()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

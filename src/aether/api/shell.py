@@ -123,6 +123,7 @@ class _Answer:
                 await self._fail_websocket(scope, error)
             return
         if self.status:
+            _log.warning("an answer was cut off", path=scope["path"], error=error.message)
             raise error
         await self._envelope("http.response", error)
 

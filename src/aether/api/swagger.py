@@ -14,7 +14,8 @@ import msgspec
 from litestar import Request, Response, get
 from litestar.params import FromPath
 
-from aether.api.auth import READER
+from aether.api.auth import READER, public_paths
+from aether.api.errors import Envelope
 from aether.model.errors import NotFound, ServiceUnavailable
 
 _TYPES = {
@@ -66,7 +67,20 @@ async def openapi(request: Request[Any, Any, Any]) -> bytes:
 
 @functools.lru_cache(maxsize=2)
 def _schema(app: Any) -> bytes:
-    return msgspec.json.encode(app.openapi_schema.to_schema())
+    spec: dict[str, Any] = app.openapi_schema.to_schema()
+    schemas = spec.setdefault("components", {}).setdefault("schemas", {})
+    schemas["Error"] = msgspec.json.schema_components([Envelope])[1]["Envelope"]
+    failure = {
+        "description": "Any failure.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    public = public_paths(app)
+    for path, operations in spec["paths"].items():
+        for operation in operations.values():
+            operation["responses"]["default"] = failure
+            if path in public:
+                operation["security"] = []
+    return msgspec.json.encode(spec)
 
 
 @get("/swagger", opt=READER, include_in_schema=False, media_type="text/html")

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import msgspec
 import structlog
 
+from aether.model.times import now_us, to_iso
 from aether.observability import tracing
 
 LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40}
@@ -56,8 +57,10 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
-    for noisy in ("aiosqlite", "asyncio", "uvicorn", "uvicorn.error", "websockets", "alembic"):
+    for noisy in ("aiosqlite", "asyncio", "uvicorn", "websockets", "alembic"):
         logging.getLogger(noisy).setLevel(max(LEVELS[level], logging.WARNING))
+    # The API's own layer logs every failure, with ids; uvicorn would tell each a second time without.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -74,8 +77,6 @@ def _ids(_logger: Any, _method: str, event: _Event) -> _Event:
 
 
 def _time(_logger: Any, _method: str, event: _Event) -> _Event:
-    from aether.model.times import now_us, to_iso
-
     event["time"] = to_iso(now_us())
     return event
 

@@ -12,6 +12,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from aether.model.database import DatabasePort
 from aether.model.errors import AetherError
 from aether.observability.logging import logger
@@ -50,8 +52,8 @@ class PendingCollector:
         while not stop.is_set():
             try:
                 await self.collect()
-            except AetherError as error:
-                _log.warning("collecting pending uploads failed", error=error.message)
+            except (AetherError, SQLAlchemyError) as error:
+                _log.warning("collecting pending uploads failed", error=str(error))
             try:
                 async with asyncio.timeout(interval):
                     await stop.wait()

@@ -15,7 +15,7 @@ import msgspec
 
 from aether.api.services import Services
 from aether.api.transfers import Grant, ObjectTransfer, Upload
-from aether.model.errors import AetherError, BadRequest, NotFound, PayloadTooLarge, RateLimited
+from aether.model.errors import AetherError, BadRequest, NotFound, PayloadTooLarge, RateLimited, ServiceUnavailable
 
 BLOCK_BYTES = 1 << 20
 STALL_SECS = 60.0
@@ -53,7 +53,7 @@ class ObjectsApp:
         if method == "PUT":
             await self._put(transfer, grant, scope, receive, send)
         else:
-            await _get(transfer, grant, method == "GET", send)
+            await _get(transfer, grant, method == "GET", receive, send)
 
     async def _put(
         self, transfer: ObjectTransfer, grant: Grant, scope: MutableMapping[str, Any], receive: _Receive, send: _Send
@@ -161,32 +161,52 @@ async def _next(receive: _Receive) -> _Message:
         raise BadRequest(f"nothing arrived for {STALL_SECS:g} s; the upload was given up") from None
 
 
-async def _get(transfer: ObjectTransfer, grant: Grant, with_body: bool, send: _Send) -> None:
+async def _get(transfer: ObjectTransfer, grant: Grant, with_body: bool, receive: _Receive, send: _Send) -> None:
     path = transfer.local_path(grant.key)
     try:
         descriptor = os.open(path or "", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFound("the object does not exist") from None
+    # uvicorn drops what is sent to a client that left, without a word: only `receive` tells.
+    gone = asyncio.create_task(_gone(receive))
     try:
         size = os.fstat(descriptor).st_size
         headers = [
             (b"content-type", b"application/gzip"),
             (b"content-length", b"%d" % size),
-            (b"content-disposition", b'attachment; filename="%s"' % grant.filename.encode("ascii", "replace")),
+            (b"content-disposition", b'attachment; filename="%s"' % _header_safe(grant.filename)),
             (b"x-content-type-options", b"nosniff"),
         ]
         await _start(send, 200, headers)
         sent = 0
-        while with_body and sent < size:
+        while with_body and sent < size and not gone.done():
             block = await asyncio.to_thread(os.pread, descriptor, BLOCK_BYTES, sent)
             if not block:
-                raise NotFound("the object shrank while it was sent")
+                raise ServiceUnavailable("the object shrank while it was sent")
             sent += len(block)
-            async with asyncio.timeout(STALL_SECS):
-                await send({"type": "http.response.body", "body": block, "more_body": True})
+            await _send_in_time(send, block)
         await send({"type": "http.response.body", "body": b""})
     finally:
         os.close(descriptor)
+        gone.cancel()
+        await asyncio.wait([gone])
+
+
+async def _send_in_time(send: _Send, block: bytes) -> None:
+    try:
+        async with asyncio.timeout(STALL_SECS):
+            await send({"type": "http.response.body", "body": block, "more_body": True})
+    except TimeoutError:
+        raise BadRequest(f"the client took nothing for {STALL_SECS:g} s; it was cut off") from None
+
+
+async def _gone(receive: _Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _header_safe(name: str) -> bytes:
+    return "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "_" for c in name).encode()
 
 
 async def _start(send: _Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
