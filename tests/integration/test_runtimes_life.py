@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,6 +306,41 @@ async def test_a_start_that_a_killed_server_never_finished(box: Bench) -> None:
     restarted = await box.runtime.start(spec)
     assert (await restarted.wait()).code == 0
     assert await box.lines(restarted) == ["ran"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+async def test_a_full_disk_refuses_a_start_and_keeps_the_end_of_a_running_one(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", data], check=True)
+    try:
+        async with bench(data) as box:
+            running = await box.runtime.start(box.spec("trap 'exit 9' TERM; echo up; while :; do sleep 0.01; done"))
+            await box.said(running, "up")
+            spec = box.spec("true", instance_id="refused")
+            with (data / "filler").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(b"\0" * 4096)
+            with pytest.raises(ServiceUnavailable, match="No space left"):
+                await box.runtime.start(spec)
+            assert "refused" not in await box.runtime.known()
+            assert cgroups_named("refused") == []
+            await running.stop(5.0)
+            later = ProcessRuntime(data)
+            found = await later.adopt(running.spec.instance_id)
+            assert found is not None
+            assert await found.wait() == InstanceExit(9, None)
+            await later.close()
+    finally:
+        subprocess.run(["umount", data], check=True)
+
+
+async def test_what_a_server_killed_before_the_record_left_is_removed(box: Bench) -> None:
+    (box.data / "instances" / "bare").mkdir(parents=True)
+    assert await box.runtime.known() == ["bare"]
+    assert await box.runtime.adopt("bare") is None
+    await box.runtime.remove("bare")
+    assert await box.runtime.known() == []
 
 
 async def test_cancelling_a_start_leaves_an_instance_that_can_be_removed(box: Bench) -> None:

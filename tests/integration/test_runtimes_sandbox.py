@@ -244,14 +244,12 @@ class TestLimits:
 
     async def test_runtimes_size_themselves_by_the_limit(self, box: Bench) -> None:
         await self._needs(box, "memory")
-        limits = Limits(memory_bytes=256 * MIB, pids=64, tmp_bytes=MIB)
+        limits = Limits(memory_bytes=512 * MIB, pids=64, tmp_bytes=MIB)
         script = "const v8 = require('v8'); console.log(v8.getHeapStatistics().heap_size_limit)"
         _, lines = await box.run("node heap.js", files={"heap.js": script}, limits=limits)
-        assert int(lines[0]) < 256 * MIB
-        _, lines = await box.run(
-            "touch /sys/fs/cgroup/memory/x; find /sys -name cgroup.procs -writable", limits=limits
-        )
-        assert all(line.startswith("touch: ") for line in lines)
+        assert int(lines[0]) < 512 * MIB
+        _, lines = await box.run("find /sys -writable", limits=limits)
+        assert lines == []
 
     async def test_a_fork_bomb(self, box: Bench) -> None:
         await self._needs(box, "pids")

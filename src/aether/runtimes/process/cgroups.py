@@ -19,6 +19,7 @@ from aether.runtimes.process.shim.processes import send, started
 _CONTROLLERS = ("memory", "cpu", "pids")
 _PERIOD_USECS = 100_000
 _PARENT = "aether"
+_SERVER = "aether-server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,13 @@ class Cgroups:
     def mounts(self, instance_id: str) -> list[tuple[Path, str]]:
         """Where an instance finds its own groups, so that language runtimes size themselves by its limits."""
         found = [(parent / instance_id, f"/sys/fs/cgroup/{name}") for name, parent in self.v1.items()]
-        return (
-            [(self.v2 / instance_id, "/sys/fs/cgroup"), *found] if self.v2 is not None and self.controllers else found
-        )
+        if self.v2 is not None and self.controllers:
+            found.insert(0, (self.v2 / instance_id, "/sys/fs/cgroup"))
+        return found
+
+    def left_of(self, instance_id: str) -> Group:
+        """Groups that exist under the instance's name, for an instance without a record."""
+        return Group(tuple({folder for folder, _ in self.mounts(instance_id) if folder.is_dir()}))
 
     def create(self, instance_id: str, limits: Limits) -> Group:
         """Make the groups of an instance and set its limits; 0 is no limit. Raises OSError."""
@@ -140,6 +145,7 @@ def _find_v2(root: Path, path: str) -> tuple[Path | None, frozenset[str]]:
             continue
         if not wanted or not _can_make(base / _PARENT):
             continue
+        _step_aside(base)
         _enable(base, wanted)
         _enable(base / _PARENT, wanted)
         try:
@@ -149,6 +155,16 @@ def _find_v2(root: Path, path: str) -> tuple[Path | None, frozenset[str]]:
         if got:
             return base / _PARENT, got
     return None, frozenset()
+
+
+def _step_aside(base: Path) -> None:
+    """Leave a group that was delegated to this process alone: with a process in it, it may not have children."""
+    try:
+        if (base / "cgroup.procs").read_text().split() == [str(os.getpid())]:
+            (base / _SERVER).mkdir(exist_ok=True)
+            (base / _SERVER / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        return  # not ours to arrange: the caller sees which controllers took effect
 
 
 def _enable(folder: Path, controllers: set[str]) -> None:

@@ -119,6 +119,8 @@ class ProcessRuntime:
                 await held.stop(0.0)
                 await held.record.group.remove()
                 held.detach()
+            elif self._kind != NONE or self._cgroups is not None:
+                await self._groups.left_of(instance_id).remove()
             self._held.pop(instance_id, None)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=not folder.exists())
 
@@ -201,7 +203,9 @@ class ProcessRuntime:
         try:
             lock = await asyncio.to_thread(self._prepare, spec, folder, kind, port)
         except OSError as error:
-            raise ServiceUnavailable(f"instance {spec.instance_id} cannot be recorded: {error}") from error
+            await self._groups.left_of(spec.instance_id).remove()
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            raise ServiceUnavailable(f"instance {spec.instance_id} cannot be prepared: {error}") from error
         try:
             made = record.Record.read(folder)
             group = made.group if made is not None else Group()
@@ -246,10 +250,7 @@ class ProcessRuntime:
             for name, text in sandbox.etc_files(spec, uid, egress=bool(self._findings.slirp)).items():
                 (etc / name).write_text(text)
                 (etc / name).chmod(0o644)
-            try:
-                group = self._groups.create(spec.instance_id, spec.limits)
-            except OSError as error:
-                raise ServiceUnavailable(f"the limits of an instance cannot be set: {error}") from error
+            group = self._groups.create(spec.instance_id, spec.limits)
             record.Record(spec, kind, port, group).write(folder)
         except BaseException:
             os.close(lock)
@@ -309,9 +310,12 @@ class ProcessRuntime:
 
     async def _settled_start(self, folder: Path) -> None:
         """Wait until an instance that a killed server was just starting has its keeper's socket, or is over."""
-        async with asyncio.timeout(_START_SECS):
-            while record.alive(folder) and not record.was_started(folder):
-                await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(_START_SECS):
+                while record.alive(folder) and not record.was_started(folder):
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise ServiceUnavailable(f"instance {folder.name} neither starts nor ends: its keeper hangs") from None
 
     async def _try(self) -> SandboxReport:
         groups, kind, slirp = self._groups, self._kind, self._findings.slirp

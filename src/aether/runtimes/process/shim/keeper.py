@@ -201,7 +201,8 @@ class Keeper:
                 self._ended(status)
             elif pid == self._egress_pid:
                 self._egress_pid = 0
-                if self._wait_status is None:
+                # one that found its namespace already gone has nothing to tell
+                if not self._stopping and started(self._init) == self._init_start:
                     self._journal.notice(f"outgoing connections ended: slirp4netns gave status {status}")
             elif pid == self._dialer_pid:
                 self._dialer_pid = 0
