@@ -1,11 +1,13 @@
 """Edge against nginx: the same keep-alive upstream, the same logging, one CPU for the proxy, interleaved runs.
 
-Runs wrk -c32 for about two seconds against nginx and the edge in the order A B B A, proxy pinned to one CPU, wrk and
-the upstream to the other. Prints the median of the paired throughput ratios and its range, and CPU seconds per
-1,000 requests; writes bench/out/edge.json. The edge routes by Host, chooses between two backends and keeps a record
-of every request, as in production.
+Runs wrk -c32 for about two seconds against nginx and the edge in the order A B B A and prints the median of the
+paired throughput ratios and its range, and CPU seconds per 1,000 requests; writes bench/out/edge.json. The edge routes by
+Host, chooses between two backends and keeps a record of every request, as in production.
 
-    python bench/edge.py [--pairs 8] [--secs 2] [--log off|on] [--check RATIO]
+With `--cpus one` wrk, proxy and upstream share one CPU; with `--cpus two` the proxy has one for itself, so that the
+ratio is that of the proxies' own cost. `--vary` asks for a different path with a different cookie each time.
+
+    python bench/edge.py [--cpus one|two] [--pairs 8] [--secs 2] [--log off|on] [--vary] [--check RATIO]
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROXY_CPU, LOAD_CPU = 0, 1
+PROXY_CPU = 0
+LOAD_CPU = {"one": 0, "two": 1}
 BODY = "hello from an app\n"
 
 NGINX = """
@@ -67,6 +70,16 @@ http {{
 }}
 """
 
+VARY = """
+local n = 0
+function request()
+  n = n + 1
+  return wrk.format("GET", "/items/" .. n .. "?page=" .. n % 7, {
+    ["Host"] = "hello.localhost", ["Cookie"] = "session=" .. n, ["Accept"] = "*/*", ["User-Agent"] = "bench/1.0"
+  })
+end
+"""
+
 UPSTREAM = """
 worker_processes 1;
 daemon off;
@@ -99,14 +112,14 @@ def main() -> int:
     if missing:
         print(f"this benchmark needs {', '.join(missing)}", file=sys.stderr)
         return 2
-    result = _compare(options.pairs, options.secs, options.log)
+    result = _compare(options)
     out = ROOT / "bench" / "out"
     out.mkdir(parents=True, exist_ok=True)
     (out / "edge.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"edge / nginx: median {result['ratio']['median']:.3f} x "
         f"(range {result['ratio']['min']:.3f} to {result['ratio']['max']:.3f}, {options.pairs} pairs, "
-        f"logging {options.log})"
+        f"{options.cpus} CPU, logging {options.log}{', varied requests' if options.vary else ''})"
     )
     for name in ("nginx", "edge"):
         row = result[name]
@@ -124,7 +137,9 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--secs", type=float, default=2.0)
+    parser.add_argument("--secs", type=int, default=2)
+    parser.add_argument("--cpus", choices=("one", "two"), default="one")
+    parser.add_argument("--vary", action="store_true", help="a new path and cookie for every request")
     parser.add_argument("--log", choices=("off", "on"), default="off", help="write an access log line per request")
     parser.add_argument("--check", type=float, help="exit 1 when the whole range lies below this ratio")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
@@ -132,7 +147,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare(pairs: int, secs: float, log: str) -> dict[str, object]:
+def _compare(options: argparse.Namespace) -> dict[str, object]:
+    log: str = options.log
+    load_cpu = LOAD_CPU[options.cpus]
     one, two, nginx_port, edge_port = _free_ports(4)
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -149,8 +166,12 @@ def _compare(pairs: int, secs: float, log: str) -> dict[str, object]:
         }
         (folder / "upstream.conf").write_text(UPSTREAM.format(**fields))
         (folder / "nginx.conf").write_text(NGINX.format(**fields))
+        load = ["taskset", "-c", str(load_cpu), "wrk", "-t1", "-c32", "-H", "Host: hello.localhost"]
+        if options.vary:
+            (folder / "vary.lua").write_text(VARY)
+            load += ["-s", str(folder / "vary.lua")]
         try:
-            children.append(_pinned(LOAD_CPU, ["nginx", "-p", name, "-c", str(folder / "upstream.conf")]))
+            children.append(_pinned(load_cpu, ["nginx", "-p", name, "-c", str(folder / "upstream.conf")]))
             nginx = _pinned(PROXY_CPU, ["nginx", "-p", name, "-c", str(folder / "nginx.conf")])
             children.append(nginx)
             command = [sys.executable, __file__, "--serve", str(edge_port), "--log", log]
@@ -160,8 +181,8 @@ def _compare(pairs: int, secs: float, log: str) -> dict[str, object]:
                 _wait_for(port)
             sides = {"nginx": (nginx_port, nginx.pid), "edge": (edge_port, edge.pid)}
             for port, pid in sides.values():
-                _measure(port, pid, 0.5)
-            return _interleave(sides, pairs, secs, log)
+                _measure(load, port, pid, 1)
+            return _interleave(load, sides, options)
         finally:
             for child in children:
                 child.send_signal(signal.SIGTERM)
@@ -169,19 +190,23 @@ def _compare(pairs: int, secs: float, log: str) -> dict[str, object]:
                 child.wait(10)
 
 
-def _interleave(sides: dict[str, tuple[int, int]], pairs: int, secs: float, log: str) -> dict[str, object]:
+def _interleave(load: list[str], sides: dict[str, tuple[int, int]], options: argparse.Namespace) -> dict[str, object]:
+    pairs: int = options.pairs
+    secs: int = options.secs
     runs: dict[str, list[tuple[float, float]]] = {"nginx": [], "edge": []}
     for number in range(pairs):
         order = ("nginx", "edge") if number % 2 == 0 else ("edge", "nginx")
         for side in order:
-            runs[side].append(_measure(*sides[side], secs))
+            runs[side].append(_measure(load, *sides[side], secs))
     ratios = [edge[0] / nginx[0] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
     cpu = [edge[1] / nginx[1] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
     result: dict[str, object] = {
         "bench": "edge",
         "pairs": pairs,
         "secs": secs,
-        "logging": log,
+        "cpus": options.cpus,
+        "varied": options.vary,
+        "logging": options.log,
         "ratio": _spread(ratios),
         "cpu_ratio": _spread(cpu),
     }
@@ -198,18 +223,11 @@ def _spread(values: list[float]) -> dict[str, float | list[float]]:
     return {"median": statistics.median(rounded), "min": min(rounded), "max": max(rounded), "all": rounded}
 
 
-def _measure(port: int, pid: int, secs: float) -> tuple[float, float]:
+def _measure(load: list[str], port: int, pid: int, secs: int) -> tuple[float, float]:
     """(requests per second, CPU seconds of the proxy per 1,000 requests)."""
     before, started = _cpu_secs(pid), time.monotonic()
-    command = ["taskset", "-c", str(LOAD_CPU), "wrk", "-t1", "-c32", "-d", f"{secs:g}s"]
-    if secs != int(secs):
-        command[-1] = f"{max(1, round(secs))}s"
-    text = subprocess.run(
-        [*command, "-H", "Host: hello.localhost", f"http://127.0.0.1:{port}/"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    command = [*load, "-d", f"{secs}s", f"http://127.0.0.1:{port}/"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     took, used = time.monotonic() - started, _cpu_secs(pid) - before
     found = re.search(r"(\d+) requests in ([\d.]+)(ms|s)", text)
     if found is None or "Non-2xx" in text or "Socket errors" in text:

@@ -116,7 +116,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _take_head(self, data: bytes) -> None:
         options = self.edge.options
-        if data[:2] == b"\r\n":
+        if data[0] == 0x0D and data[:2] == b"\r\n":
+            # one empty line before a request is ignored (RFC 9112 section 2.2)
             data = data[2:]
         end = data.find(HEAD_END)
         if end < 0 or end > options.max_head_bytes:
@@ -128,7 +129,7 @@ class ClientConnection(asyncio.Protocol):
         except HeadError as error:
             self._refuse(400, error.message)
             return
-        rest = data[end + 4 :]
+        rest = data[end + 4 :] if len(data) > end + 4 else b""
         self._pending = b""
         exchange = self.exchange
         if head.chunked:
