@@ -36,7 +36,7 @@ def report(error: BaseException, given: list[str]) -> int:
 
 def wants_json(given: list[str]) -> bool:
     """Whether `--format json` is on the command line, which may be one that does not parse."""
-    pairs = zip(given, [*given[1:], ""], strict=True)
+    pairs = zip(given, [*given[1:], ""], strict=False)
     return any(word == "--format=json" or (word, after) == ("--format", "json") for word, after in pairs)
 
 

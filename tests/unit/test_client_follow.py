@@ -1,0 +1,109 @@
+"""A followed log repeats no line and loses none, wherever its connections break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aether.client.follow import LogCursor
+from aether.model.times import from_iso, to_iso
+
+START = from_iso("2026-01-02T03:04:05.000000Z")
+
+
+def record(at: int, instance: str = "i1", line: str = "x") -> Any:
+    return {"time": to_iso(START + at), "instance": instance, "stream": "stdout", "line": line}
+
+
+class Server:
+    """A log as the real one keeps it: `since` includes its moment, `tail` counts from the end."""
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+
+    def answer(self, query: dict[str, Any]) -> list[Any]:
+        found = sorted(self.lines, key=lambda line: line["time"])
+        if query.get("since"):
+            found = [line for line in found if line["time"] >= query["since"]]
+        tail = query.get("tail")
+        return found if tail is None else found[-tail:] if tail else []
+
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 3_000_000),  # microseconds since the line before; often none at all
+        st.sampled_from(["i1", "i2"]),
+        st.sampled_from(["a", "b"]),
+        st.sampled_from(["line", "line", "line", "drop", "drop while away"]),
+    ),
+    max_size=60,
+)
+
+
+@given(steps, st.integers(0, 5), st.integers(0, 5))
+def test_every_line_after_the_first_connection_comes_once(
+    steps: list[tuple[int, str, str, str]], before: int, tail: int
+) -> None:
+    server, cursor = Server(), LogCursor(tail=tail)
+    server.lines = [record(n, line=f"before {n}") for n in range(before)]
+    expected = server.lines[max(0, before - tail) :] if tail else []
+    got: list[Any] = []
+
+    def connect() -> None:
+        answer = server.answer(cursor.query())
+        cursor.connected(to_iso(START + 1000))
+        got.extend(line for line in answer if cursor.admit(line))
+
+    connect()
+    now, connected = 2000, True
+    for gap, instance, text, what in steps:
+        now += gap
+        if what == "line":
+            line = record(now, instance, text)
+            server.lines.append(line)
+            expected.append(line)
+            if connected and cursor.admit(line):
+                got.append(line)
+        elif what == "drop":
+            connect()
+            connected = True
+        else:
+            connected = False
+    connect()
+
+    def key(line: Any) -> tuple[str, str, str]:
+        return line["time"], line["instance"], line["line"]
+
+    assert sorted(map(key, got)) == sorted(map(key, expected))
+
+
+def test_a_late_line_of_another_instance_is_not_lost_in_a_break() -> None:
+    cursor = LogCursor(tail=10)
+    cursor.query()
+    cursor.connected(to_iso(START))
+    first, newest = record(0), record(4_000_000, "i1", "newest")
+    assert cursor.admit(first)
+    assert cursor.admit(newest)
+    since = cursor.query()["since"]
+    late = record(3_000_000, "i2", "late")
+    assert isinstance(since, str)
+    assert since <= late["time"]
+    assert [cursor.admit(line) for line in (first, late, newest)] == [False, True, False]
+
+
+def test_memory_stays_bounded() -> None:
+    cursor = LogCursor(tail=None)
+    cursor.query()
+    for n in range(50_000):
+        assert cursor.admit(record(n * 10_000, line=str(n)))
+    assert len(cursor._seen) < 10_000
+    assert cursor.query()["since"] == to_iso(START + 49_999 * 10_000 - 5_000_000)
+
+
+def test_nothing_seen_and_no_old_lines_wanted() -> None:
+    cursor = LogCursor(tail=0)
+    assert cursor.query() == {"since": None, "tail": 0}
+    cursor.connected("2026-01-02T03:04:05.000000Z")
+    assert cursor.query()["since"] == "2026-01-02T03:04:05.000000Z"
