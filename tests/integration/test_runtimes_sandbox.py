@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -90,6 +91,19 @@ async def test_the_host_s_files_are_out_of_sight(box: Bench) -> None:
 async def test_it_inherits_no_descriptor(box: Bench) -> None:
     _, lines = await box.run("ls /proc/self/fd")
     assert lines == ["0", "1", "2", "3"]  # the last is the listing itself
+
+
+@pytest.mark.skipif(sys.base_prefix.startswith("/usr"), reason="this Python is part of the system and always shown")
+async def test_a_toolchain_outside_the_system_is_usable_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = Path(sys.base_prefix).resolve()
+    monkeypatch.setenv("PATH", f"{prefix}/bin:/usr/bin:/bin")
+    async with bench(tmp_path / "data") as box:
+        command = "python3 -c 'import ssl, sys; print(sys.prefix)'; node -p 40+2; ls -A "
+        _, lines = await box.run(command + str(prefix.parent))
+        assert lines[0] == str(prefix)
+        assert lines[-2:] == ["42", prefix.name]
 
 
 def test_the_server_s_event_loop_does_not_matter(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from . import launch
 from .journal import Journal, Splitter
 from .plan import NONE, Plan
 from .processes import below, send, started
+from .remains import empty_cgroups, memory_kills, write_state
 
 SOCKET = "shim.sock"
 STATE = "state.json"
@@ -26,8 +27,6 @@ LOCK = "lock"
 _READ_BYTES = 64 * 1024
 _DRAIN_SECS = 3.0
 _SHUTDOWN_SECS = 10.0
-_STATE_BYTES = 512
-"""state.json is padded to this size at the start, so that a full disk cannot keep the end from being recorded."""
 
 
 def main() -> None:
@@ -144,10 +143,11 @@ class Keeper:
     def _finish(self) -> None:
         for name, splitter in self._streams.values():
             self._journal.append(name, splitter.flush())
-        kills = self._memory_kills()
+        kills = memory_kills(self._plan.memory_events)
         if kills:
             self._journal.notice("a process was killed because the memory limit was reached")
-        self._empty_cgroups()
+        for problem in empty_cgroups(self._plan.cgroups, _DRAIN_SECS):
+            self._journal.notice(problem)
         if self._dialer is not None:
             self._dialer.close()
         if self._egress_handle >= 0:
@@ -408,34 +408,6 @@ class Keeper:
         except ProcessLookupError:
             return
 
-    def _memory_kills(self) -> int:
-        if not self._plan.memory_events:
-            return 0
-        try:
-            with open(self._plan.memory_events, "rb") as file:
-                for line in file.read().splitlines():
-                    if line.startswith(b"oom_kill "):
-                        return int(line.split()[1])
-        except OSError:
-            return 0
-        return 0
-
-    def _empty_cgroups(self) -> None:
-        until = time.monotonic() + _DRAIN_SECS
-        for group in self._plan.cgroups:
-            while os.path.isdir(group):
-                try:
-                    with open(os.path.join(group, b"cgroup.procs"), "rb") as file:
-                        left = [int(pid) for pid in file.read().split()]
-                    for pid in left:
-                        send(pid, started(pid), signal.SIGKILL)
-                    os.rmdir(group)
-                except OSError as error:
-                    if time.monotonic() > until:
-                        self._journal.notice(f"a cgroup could not be removed: {error}")
-                        break
-                    time.sleep(0.002)
-
     def _reap_helpers(self) -> None:
         until = time.monotonic() + 1.0
         for pid in (self._dialer_pid, self._egress_pid):
@@ -451,18 +423,9 @@ class Keeper:
                 time.sleep(0.002)
 
     def _record(self, phase: str, more: str = "") -> None:
-        text = (
-            f'{{"phase": "{phase}", "keeper": [{os.getpid()}, {started(os.getpid())}], '
-            f'"main": [{self._main}, {self._main_start}], "init": [{self._init}, {self._init_start}]'
-            f"{', ' + more if more else ''}}}"
-        )
-        data = text.ljust(_STATE_BYTES).encode() + b"\n"
-        try:
-            with open(STATE + ".part", "wb", buffering=0) as file:
-                if file.write(data) != len(data):
-                    raise OSError(28, "short write")
-            os.replace(STATE + ".part", STATE)
-        except OSError:
-            # No space for a second file: the first one has room for exactly this.
-            with open(STATE, "r+b", buffering=0) as file:
-                file.write(data)
+        roles = {
+            "keeper": (os.getpid(), started(os.getpid())),
+            "main": (self._main, self._main_start),
+            "init": (self._init, self._init_start),
+        }
+        write_state(STATE, phase, roles, more)
