@@ -60,6 +60,7 @@ class Exchange:
         "active",
         "answering",
         "client",
+        "is_head",
         "pool_secs",
         "pool_size",
         "seen",
@@ -72,6 +73,7 @@ class Exchange:
         self.active = False
         self.answering = False
         """The head of the answer has been sent."""
+        self.is_head = False
         self.upload_done = True
         self.status = 0
         self.seen = 0.0
@@ -104,6 +106,7 @@ class Exchange:
         self.active = True
         self.answering = False
         self.upload_done = complete
+        self.is_head = head.method == b"HEAD"
         self._started_at = self.seen = now
         self._bytes_in = len(body)
         self._replays = 0
@@ -142,10 +145,6 @@ class Exchange:
         elif not upstream.closed and data:
             upstream.transport.write(data)
         self.upload_done = complete
-
-    @property
-    def is_head(self) -> bool:
-        return self._head.method == b"HEAD"
 
     @property
     def upload_blocked(self) -> bool:

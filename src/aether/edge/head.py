@@ -172,7 +172,8 @@ def parse_request(data: bytes, end: int) -> RequestHead:
         head.minor = 0
         head.keep_alive = False
     head.method = method
-    head.lines = kept = list[bytes]()
+    kept: list[bytes] = []
+    head.lines = kept
     host = b""
     del lines[0]
     rare: list[_Entry] | None = None
@@ -254,7 +255,8 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
     if status is None:
         status = _learn_status(lines[0])
     head.status, head.line, minor = status
-    head.lines = kept = list[bytes]()
+    kept: list[bytes] = []
+    head.lines = kept
     connection = b""
     del lines[0]
     known = _response_lines.known
