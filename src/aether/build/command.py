@@ -1,6 +1,7 @@
 """Running package managers and builds: output line by line, a time limit, and no process left behind."""
 
 import os
+import re
 import signal
 import subprocess
 from collections import deque
@@ -13,6 +14,8 @@ from aether.build.tools import clean_environment
 from aether.model.errors import BuildFailed, ConfigError
 
 TAIL_LINES = 20
+_FIRST_LINES = 8
+_ERROR = re.compile(r"npm (?:error|ERR!)|\s?ERR_PNPM|error |ERROR:|\S* YN\d+: .*(?:Error|isn't|can't)")
 _LONGEST_LINE = 4096
 _GRACE_S = 3.0
 
@@ -29,11 +32,14 @@ def run(
     """Run `argv` in `cwd`; `what` names the step in messages.
 
     The environment is this process's without any AETHER_* variable, plus `env`. Standard input is empty.
-    Raises BuildFailed with the last lines of output (also under details["log_tail"]) when it fails or takes longer
+    Raises BuildFailed with the last lines of output, and the first that speak of an error where those are not among
+    them (also under details["log_tail"]), when it fails or takes longer
     than `timeout_s` seconds, ConfigError when there is no such program. On any exception, Ctrl-C among them, the
     whole process group is ended first.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
+    first: list[tuple[int, str]] = []
+    count = 0
     late: list[bool] = []
     try:
         child = subprocess.Popen(
@@ -60,6 +66,9 @@ def run(
         for raw in iter(lambda: child.stdout.readline(_LONGEST_LINE) if child.stdout else b"", b""):
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             tail.append(line)
+            if len(first) < _FIRST_LINES and (first or _ERROR.match(line)):
+                first.append((count, line))
+            count += 1
             if on_line is not None:
                 on_line(line)
         code = child.wait()
@@ -77,14 +86,22 @@ def run(
         if child.stdout is not None:
             child.stdout.close()
     if late:
-        raise _failed(f"{what} took longer than {timeout_s:g} s and was ended", tail)
+        raise _failed(f"{what} took longer than {timeout_s:g} s and was ended", _telling(first, tail, count))
     if code:
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        raise _failed(f"{what} {how}", tail)
+        raise _failed(f"{what} {how}", _telling(first, tail, count))
 
 
-def _failed(message: str, tail: "deque[str]") -> BuildFailed:
-    lines = list(tail)
+def _telling(first: list[tuple[int, str]], tail: "deque[str]", count: int) -> list[str]:
+    """The last lines; where a tool buries its error under advice, its first lines are put before fewer of them."""
+    rest = count - (TAIL_LINES - _FIRST_LINES)
+    head = [line for number, line in first if number < rest]
+    if not head or first[0][0] >= count - TAIL_LINES:
+        return list(tail)
+    return head + list(tail)[len(head) - TAIL_LINES :]
+
+
+def _failed(message: str, lines: list[str]) -> BuildFailed:
     while lines and not lines[-1].strip():
         lines.pop()
     text = "\n".join(f"  {line}" for line in lines)

@@ -39,7 +39,7 @@ class Manager:
             argv += ["--prod=false"] if dev else ["--prod"]
         elif self.berry:
             if not dev:
-                # focus has no --immutable; the lockfile is checked by an install that leaves linking to it
+                # focus has no --immutable: an install that builds nothing goes before it and checks the lockfile
                 argv += ["workspaces", "focus", "--all", "--production"]
                 return argv
             argv += ["install", "--immutable"]

@@ -140,7 +140,7 @@ def _dependencies(
 def _check_berry_lock(
     node: NodeProject, manager: Manager, folder: Path, options: Options, on_line: OnLine | None
 ) -> None:
-    argv = [*manager.tool.argv, "install", "--immutable", "--mode=update-lockfile"]
+    argv = [*manager.tool.argv, "install", "--immutable", "--mode=skip-build"]
     _run_visible(argv, folder, what="yarn install", options=options, on_line=on_line, env=dict(manager.env))
 
 
