@@ -4,7 +4,7 @@ const app = express();
 const greeting = process.env.GREETING || "Hello from Express";
 
 app.get("/", (request, response) => {
-  response.send(`${greeting}, release ${process.env.AETHER_RELEASE || "unknown"}\n`);
+  response.send(`${greeting}\n`);
 });
 
 app.get("/healthz", (request, response) => response.json({ ok: true }));

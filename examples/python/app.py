@@ -9,4 +9,4 @@ app = Flask(__name__)
 
 @app.get("/")
 def index():
-    return jsonify(greeting=os.environ.get("GREETING", "Hello from Flask"), release=os.environ.get("AETHER_RELEASE"))
+    return jsonify(greeting=os.environ.get("GREETING", "Hello from Flask"))

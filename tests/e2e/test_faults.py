@@ -21,17 +21,18 @@ def wait_for(what: Callable[[], object], secs: float = 40.0) -> object:
     return found
 
 
-def instance_pids(up: Product) -> set[str]:
-    """Pids of every process of this product's sandboxes, found by the data folder its shims were started with."""
-    found = set()
+def keepers(up: Product) -> dict[str, int]:
+    """Instance id → pid of the process that keeps it, for every instance of this product that runs."""
+    found: dict[str, int] = {}
     for proc in Path("/proc").iterdir():
         if proc.name.isdigit():
             try:
                 line = (proc / "cmdline").read_bytes()
+                folder = (proc / "cwd").readlink()
             except OSError:
                 continue
-            if str(up.data).encode() in line and b"shim" in line:
-                found.add(proc.name)
+            if b"shim.keeper" in line and folder.is_relative_to(up.data / "instances"):
+                found[folder.name] = min(int(proc.name), found.get(folder.name, 1 << 30))
     return found
 
 
@@ -43,14 +44,14 @@ def test_idle_server_killed_keeps_serving_processes_and_adopts_them(own: Product
     )
     own.deploy(node_app(tmp_path / "steady", code))
     before = own.get("steady")
-    shims = instance_pids(own)
+    shims = keepers(own)
     assert before[0] == 200
     assert shims
     own.kill9()
-    assert instance_pids(own) == shims, "the kill of the server took the app with it"
+    assert keepers(own) == shims, "the kill of the server took the app with it"
     own.start()
     assert own.get("steady") == before, "the app was restarted instead of adopted"
-    assert instance_pids(own) == shims
+    assert keepers(own) == shims
     lines = own.run("logs", "--app", "steady", "--tail", "100").stdout
     assert lines.count("up") == 1, lines
 
@@ -73,7 +74,7 @@ def test_server_killed_in_a_rollout_ends_promoted_or_reverted(own: Product, tmp_
         if newest["release"] == 1 and newest["status"] == "active":
             return False
         if when == "started":
-            return newest["status"] == "rolling_out" and len(instance_pids(own)) == 2
+            return newest["status"] == "rolling_out" and len(keepers(own)) == 2
         if when == "promoted":
             return newest["status"] == "active"
         return newest["status"] != "pending" if when == "verifying" else newest["status"] in ("rolling_out", "active")
@@ -92,16 +93,16 @@ def test_server_killed_in_a_rollout_ends_promoted_or_reverted(own: Product, tmp_
     assert [d["status"] for d in items].count("active") == 1
     expected = "new\n" if items[0]["status"] == "active" else "old\n"
     assert own.get("mid") == (200, expected)
-    wait_for(lambda: len(instance_pids(own)) == 1)
+    wait_for(lambda: len(keepers(own)) == 1)
     drain.join(60)
     assert command.poll() is not None, "the client hangs after its server came back"
 
 
 def test_stopping_leaves_no_process_and_no_cgroup(own: Product, tmp_path: Path) -> None:
     own.deploy(node_app(tmp_path / "tidy", HELLO % "x"))
-    assert instance_pids(own)
+    assert keepers(own)
     assert own.stop() == 0
-    assert not instance_pids(own)
+    assert not keepers(own)
     own.start()
     assert own.get("tidy")[0] == 200
 
@@ -117,4 +118,4 @@ def test_repeated_kills_lose_nothing(own: Product, tmp_path: Path) -> None:
         assert own.get("often")[1] == f"v{n}\n"
     releases = own.run("releases", "--app", "often", "--format", "json").json["items"]
     assert sorted(r["version"] for r in releases) == [1, 2, 3, 4]
-    assert len(instance_pids(own)) == 1
+    assert len(keepers(own)) == 1

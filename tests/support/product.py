@@ -81,6 +81,7 @@ class Product:
     def start(self, *flags: str) -> None:
         """Start `aether up` and wait until it says how to log in."""
         assert self.process is None
+        self.home.mkdir(parents=True, exist_ok=True)
         errors = (self.home / "up.stderr").open("ab")
         self.process = subprocess.Popen(
             [AETHER, "up", "--port", str(self.port), *flags],
