@@ -117,6 +117,16 @@ def test_a_bad_release_fails_with_its_lines_and_the_old_one_serves(
     wait_for(lambda: live(up, name) == 1)
 
 
+def test_the_port_that_is_listened_on_instead_is_named(up: Server) -> None:
+    code = {
+        "server.js": "require('http').createServer((q, r) => r.end('x')).listen(3000, () => console.log('on 3000'));"
+    }
+    done = up.deploy("portly", code, timeout_secs=2)
+    assert done["error"]["code"] == "wrong_port"
+    assert "3000" in done["error"]["message"]
+    assert "process.env.PORT" in done["error"]["message"]
+
+
 def test_a_first_release_that_fails_leaves_a_failed_app(up: Server) -> None:
     assert up.deploy("stillborn", EXITS)["status"] == "failed"
     assert up.app("stillborn")["status"] == "failed"

@@ -23,6 +23,10 @@ class Instance(Protocol):
         """
         ...
 
+    async def listening_ports(self) -> Sequence[int]:
+        """TCP ports that something in the instance listens on; empty when that cannot be told."""
+        ...
+
     async def wait(self) -> InstanceExit:
         """Return when the instance has ended; may be awaited by several tasks and again after the end."""
         ...

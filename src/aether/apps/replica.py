@@ -19,7 +19,7 @@ from aether.apps.ports import Backend, Instance, Router, Runtime
 from aether.model.errors import AetherError
 from aether.model.instance import InstanceExit, InstanceSpec
 from aether.model.names import new_id
-from aether.rollout.health import Gate, HealthCheck, Healthy, why_not_listening
+from aether.rollout.health import Gate, HealthCheck, Healthy, wrong_port
 from aether.rollout.machine import Observed, Reason
 
 FIRST_PAUSE_SECS = 0.1
@@ -116,7 +116,7 @@ class Replica:
         """`reason`, made more precise by looking at the instance."""
         reason = self.reason
         if reason is not None and reason.code == "never_listened" and self._instance is not None:
-            return await why_not_listening(self._instance, self._launch.check) or reason
+            return await wrong_port(self._instance, self._launch.check) or reason
         return reason
 
     def drain(self, timeout_secs: float) -> Coroutine[Any, Any, None]:

@@ -30,13 +30,9 @@ class Dialable(Protocol):
 
     async def dial(self) -> socket.socket: ...
 
-    async def wait(self) -> InstanceExit: ...
-
-
-class ListeningPorts(Protocol):
-    """Instances that can tell which TCP ports they listen on offer this as well."""
-
     async def listening_ports(self) -> Sequence[int]: ...
+
+    async def wait(self) -> InstanceExit: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +149,9 @@ def _parse_status(head: bytes) -> int:
     return int(parts[1])
 
 
-async def why_not_listening(instance: object, check: HealthCheck) -> Reason | None:
-    """Name the port that the app listens on instead, where the instance can tell; None when it cannot or has none."""
-    find = getattr(instance, "listening_ports", None)
-    if find is None:
-        return None
-    ports = [port for port in await find() if port != check.port]
+async def wrong_port(instance: Dialable, check: HealthCheck) -> Reason | None:
+    """Name the port that the app listens on instead; None when there is none or it cannot be told."""
+    ports = [port for port in await instance.listening_ports() if port != check.port]
     if not ports:
         return None
     shown = ", ".join(str(port) for port in ports[:4])

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aether.model.instance import InstanceExit, InstanceSpec
-from aether.runtimes.process.record import Record, keeper_of, settle
+from aether.runtimes.process.record import Record, init_of, keeper_of, settle
 from aether.runtimes.process.shim.keeper import SOCKET
 from aether.runtimes.process.shim.plan import NONE
 from aether.runtimes.process.shim.processes import send
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
 _DIAL_SECS = 7.0
 _DIALS_UNDER_WAY = 128
@@ -112,6 +112,11 @@ class ProcessInstance:
                 self._dials = DialLink(connect(self._folder))
             return await self._dials.dial()
 
+    async def listening_ports(self) -> Sequence[int]:
+        if self._record.kind == NONE:
+            return ()  # a plain child shares the machine's network with everybody
+        return await asyncio.to_thread(_listening, init_of(self._folder))
+
     async def wait(self) -> InstanceExit:
         await self._gone.wait()
         async with self._settling:
@@ -153,6 +158,19 @@ class ProcessInstance:
                 )
             elif not message:
                 self.mark_gone()
+
+
+def _listening(pid: int) -> list[int]:
+    """Ports of the listening TCP sockets in the network view of `pid` (proc(5): state 0A in net/tcp and net/tcp6)."""
+    found: set[int] = set()
+    for name in ("tcp", "tcp6"):
+        try:
+            table = Path(f"/proc/{pid}/net/{name}").read_text()
+        except OSError:
+            continue
+        rows = [line.split() for line in table.splitlines()[1:]]
+        found |= {int(row[1].rsplit(":", 1)[1], 16) for row in rows if row[3] == "0A"}
+    return sorted(found)
 
 
 class DialLink:

@@ -90,6 +90,12 @@ def keeper_of(folder: Path) -> tuple[int, int]:
     return (0, 0) if state is None else (int(state["keeper"][0]), int(state["keeper"][1]))
 
 
+def init_of(folder: Path) -> int:
+    """Pid of the first process inside the sandbox as the keeper recorded it; 0 when it did not get that far."""
+    state = _read(folder / STATE)
+    return 0 if state is None else int(state.get("init", [0, 0])[0])
+
+
 def was_started(folder: Path) -> bool:
     """Whether a keeper ever got as far as starting the instance."""
     return (folder / STATE).exists()
