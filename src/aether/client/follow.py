@@ -172,7 +172,8 @@ def watch_deployment(
 ) -> Deployment:
     """Hand on every event of a deployment once and return the deployment when it has settled.
 
-    `deadline` is in `time.monotonic()` seconds; raises TimeoutError when it passes first, otherwise as `follow_log`.
+    `deadline` is in `time.monotonic()` seconds; raises TimeoutError when it passes first, NetworkError after
+    `patience_s` seconds without the server, or what the server says when it is not transient.
     """
     patience = _Patience(patience_s, pause)
     last_id = ""
@@ -198,7 +199,8 @@ def watch_deployment(
                     if deadline is not None and time.monotonic() >= deadline:
                         raise TimeoutError
         except AetherError as error:
-            if error.code not in _TRANSIENT or (not connected and not isinstance(error, NetworkError)):
+            # also on the first connection: whoever watches has just heard from this server
+            if error.code not in _TRANSIENT:
                 raise
             failure = error
         except LineTooLong as error:
