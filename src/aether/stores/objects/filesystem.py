@@ -22,7 +22,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from aether.model.errors import BadRequest, Forbidden, NotFound, ServiceUnavailable
 from aether.model.names import new_id
@@ -33,6 +33,15 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _BUFFER_BYTES = 1 << 20
 _PENDING, _CLAIMED, _PARTS = "pending/", "claimed/", ".parts"
+
+
+class Allowed(Protocol):
+    """The part of a checked URL that receiving needs."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
 
 
 class FilesystemObjects:
@@ -143,7 +152,7 @@ class FilesystemObjects:
             raise Forbidden("only a pending object can be written")
         return grant
 
-    async def receive(self, grant: Grant) -> PartialObject:
+    async def receive(self, grant: Allowed) -> PartialObject:
         """Begin to receive an object. Raises ServiceUnavailable when it cannot fit on the disk."""
 
         def begin() -> int:
