@@ -20,7 +20,7 @@ class Upload(Protocol):
     """An object that is being received; invisible until `finish`."""
 
     async def add(self, block: memoryview) -> None:
-        """Append; the caller may reuse the block's memory afterwards. Raises ServiceUnavailable when the disk is full."""
+        """Append; the caller may reuse the memory afterwards. Raises ServiceUnavailable when the disk is full."""
         ...
 
     async def finish(self) -> None:

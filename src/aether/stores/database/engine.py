@@ -31,6 +31,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from aether.model.errors import ServiceUnavailable
+from aether.stores.database import sqlite
 
 _T = TypeVar("_T")
 _BUSY_RETRY_SECS = 0.02
@@ -48,17 +49,16 @@ class Database:
         self._timeout = timeout_secs
         self._is_sqlite = self.url.get_backend_name() == "sqlite"
         self._writers = asyncio.Lock()
-        connect_args: dict[str, Any] = {}
+        special: dict[str, Any] = {"pool_pre_ping": True}
         if self._is_sqlite:
-            # BEGIN is ours (see _begin); the driver's implicit transactions are switched off.
-            connect_args = {"timeout": timeout_secs, "isolation_level": None}
+            path = self.url.database or ""
+            special = {"async_creator": lambda: sqlite.connect(path, timeout_secs)}
         self.engine = create_async_engine(
             self.url,
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=timeout_secs,
-            pool_pre_ping=not self._is_sqlite,
-            connect_args=connect_args,
+            **special,
         )
         if self._is_sqlite:
             event.listen(self.engine.sync_engine, "connect", _configure_sqlite)
@@ -86,10 +86,7 @@ class Database:
     async def read(self) -> AsyncGenerator[AsyncConnection]:
         """One snapshot. Raises ServiceUnavailable when no connection is free or the database is away."""
         async with self._translated(), self.engine.connect() as connection:
-            try:
-                yield connection
-            finally:
-                await _to_the_end(connection.rollback())
+            yield connection  # closing rolls back, shielded from cancellation
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncConnection]:
