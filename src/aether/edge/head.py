@@ -116,6 +116,24 @@ class ResponseHead:
     upgrade: bytes = b""
 
 
+class _Twice:
+    """Tells lines that come again from those that come once, so that only the former are kept; bounded."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: set[int] = set()
+
+    def seen(self, line: bytes) -> bool:
+        mark = hash(line)
+        if mark in self._marks:
+            return True
+        if len(self._marks) >= _MAX_KNOWN:
+            self._marks.clear()
+        self._marks.add(mark)
+        return False
+
+
 _Entry = tuple[int, bytes, int]
 
 
@@ -126,12 +144,13 @@ class _Lines:
     forgets all when full. Lines that carry credentials or are long are not kept.
     """
 
-    __slots__ = ("_kinds", "known", "owned")
+    __slots__ = ("_kinds", "_twice", "known", "owned")
 
     _SECRET: Final = frozenset((b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"))
 
     def __init__(self, kinds: dict[bytes, int], *, owned: bool) -> None:
         self._kinds = kinds
+        self._twice = _Twice()
         self.owned = owned
         self.known: dict[bytes, _Entry | None] = {}
 
@@ -142,7 +161,7 @@ class _Lines:
             raise HeadError(_why_not(line))
         name = match[1].lower()
         kind = self._kinds.get(name)
-        if kind is None and self.owned and _owned(name):
+        if kind is None and self.owned and (name[0] == 0x78 or b"_" in name) and _owned(name):
             kind = _DROP
         entry: _Entry | None = None
         if kind is not None:
@@ -150,7 +169,7 @@ class _Lines:
             if kind == _HOST_FIELD and not _HOST.fullmatch(value):
                 raise HeadError("the Host field does not name a host")
             entry = kind, value, _length(value) if kind == _LENGTH else 0
-        if len(line) <= _MAX_KNOWN_BYTES and name not in self._SECRET:
+        if len(line) <= _MAX_KNOWN_BYTES and name not in self._SECRET and self._twice.seen(line):
             if len(self.known) >= _MAX_KNOWN:
                 self.known.clear()
             self.known[line] = entry
@@ -299,7 +318,7 @@ def _learn_first(line: bytes) -> tuple[bytes, bytes, int]:
     if match is None:
         raise HeadError(_bad_first(line, "request"))
     first = match[1], match[2], 1 if match[3] == b"1" else 0
-    if len(line) <= _MAX_KNOWN_BYTES:
+    if len(line) <= _MAX_KNOWN_BYTES and _first_twice.seen(line):
         if len(_firsts) >= _MAX_KNOWN:
             _firsts.clear()
         _firsts[line] = first
@@ -381,5 +400,6 @@ def _why_not(line: bytes) -> str:
 
 _request_lines: Final = _Lines(_REQUEST_FIELDS, owned=True)
 _response_lines: Final = _Lines(_RESPONSE_FIELDS, owned=False)
+_first_twice: Final = _Twice()
 _firsts: Final[dict[bytes, tuple[bytes, bytes, int]]] = {}
 _statuses: Final[dict[bytes, tuple[int, bytes, int]]] = {}
