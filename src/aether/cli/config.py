@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
     from aether.cli.arguments import Arguments, Parser
     from aether.cli.context import Context
-    from aether.client.wire import Deployment
+    from aether.client.wire import ConfigChange, Deployment
 
 MASK = "****"
+
+
+class _NothingToRollOut(Exception):
+    """The change was kept, and no deployment came of it."""
 
 
 def configure(parser: Parser) -> None:
@@ -107,31 +111,38 @@ def _change(
     from aether.cli.rollout import roll_out
 
     api = context.api
-    changed = api.change_config(app, set_=set_, unset=unset or ())
-    deployment_id, deployment = changed["deployment_id"], None
-    if deployment_id is not None:
+    changed: ConfigChange | None = None
+    deployment: Deployment | None = None
 
-        def start() -> Deployment:
-            return api.deployment(deployment_id)
+    def start() -> Deployment:
+        nonlocal changed
+        changed = api.change_config(app, set_=set_, unset=unset or ())
+        if changed["deployment_id"] is None:
+            raise _NothingToRollOut
+        return api.deployment(changed["deployment_id"])
 
-        with progress_for(context.log) as progress:
+    with progress_for(context.log) as progress:
+        try:
             deployment = roll_out(
                 context, start, timeout_s=arguments.timeout, progress=progress, detach=bool(arguments.detach)
             )
             if not arguments.detach:
                 progress.end(f"release v{deployment['release']} is serving")
+        except _NothingToRollOut:
+            context.log.debug("no release is active, or nothing changed")
+    assert changed is not None
     result = {
         "version": changed["version"],
         "env": masked(changed["env"]),
-        "deployment_id": deployment_id,
+        "deployment_id": changed["deployment_id"],
         "status": deployment["status"] if deployment else None,
     }
 
     def text() -> str:
         names = ", ".join([*(set_ or ()), *(unset or ())])
-        said = f"{'set' if set_ else 'unset'} {names}; config version {changed['version']}"
+        said = f"{'set' if set_ else 'unset'} {names}; config version {result['version']}"
         if deployment is None:
-            return f"{said}, used from the next deployment on"
+            return f"{said}; nothing to roll out now"
         if arguments.detach:
             return f"{said}, deployment {deployment['id']} is {deployment['status']}"
         return f"{said}, release v{deployment['release']}"

@@ -80,7 +80,7 @@ def run(arguments: Arguments, context: Context) -> int:
         root = Path(arguments.folder)
         found = plan(root, options)
         for note in found.project.notes:
-            context.log.info(note)
+            progress.note(note)
         if arguments.dry_run:
             return _dry_run(context, found, (time.monotonic() - started) * 1000)
         offline = arguments.pack_only or arguments.no_upload

@@ -46,6 +46,10 @@ class Progress:
             self._last_step = text
             self._log.info(f"{self._phase}: {text}" if self._phase else text)
 
+    def note(self, text: str) -> None:
+        """Something the user should see that belongs to no phase."""
+        self._log.info(text)
+
     def output(self, line: str) -> None:
         """A line that a tool of the phase printed."""
         self._log.debug(f"{self._phase}: {line}")
@@ -92,9 +96,12 @@ class Bars(Progress):
         super().begin(phase)
         self._task = self._bars.add_task(phase, total=None, text="")
 
+    def note(self, text: str) -> None:
+        self._bars.console.print(escape(text), markup=False, highlight=False)
+
     def step(self, text: str) -> None:
         if self._task is None:
-            self._bars.console.print(escape(text), markup=False, highlight=False)
+            self.note(text)
         else:
             self._bars.update(self._task, text=escape(text))
 

@@ -156,7 +156,8 @@ class Api:
         replace: bool = False,
     ) -> ConfigChange:
         content = {"set": dict(set_ or {}), "unset": list(unset), "replace": replace}
-        return self._send("PUT", f"{_app(name)}/config", content)
+        # not repeated: the second answer would not name the deployment that the first one began
+        return self._send("PUT", f"{_app(name)}/config", content, repeatable=False)
 
     def log(
         self,
