@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from aether.model.errors import ServiceUnavailable
 from aether.model.names import new_id
 from aether.model.times import now_us
+from aether.stores.database import engine
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import applications, configs
 
@@ -162,6 +163,7 @@ async def test_cancelling_at_any_moment_is_all_or_nothing(database: Database) ->
 WRITER = """
 import asyncio, sys
 import sqlalchemy as sa
+from aether.stores.database import engine
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import applications
 async def main():
@@ -225,3 +227,19 @@ async def test_a_full_disk_is_an_outage_that_ends(tmp_path: Path) -> None:
         await database.close()
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_cancellation_in_the_step_in_which_the_commit_ends_still_counts() -> None:
+    async def ends_with_the_cancellation() -> int:
+        outer.cancel()
+        return 1
+
+    async def caller() -> None:
+        await engine._to_the_end(ends_with_the_cancellation())
+        await asyncio.Event().wait()
+
+    outer = asyncio.create_task(caller())
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(5):
+            await outer
+    assert outer.cancelled()

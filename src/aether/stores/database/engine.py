@@ -167,9 +167,8 @@ async def _to_the_end(work: Awaitable[_T]) -> _T:
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task.done():
-                break
-            cancelled = True
+            # the caller's cancellation may arrive in the very step in which the work ends; it still counts
+            cancelled = cancelled or not task.cancelled()
         except BaseException:  # noqa: BLE001 - the outcome is taken from the task below
             break
     if cancelled:
