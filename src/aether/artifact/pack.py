@@ -14,9 +14,10 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from io import FileIO
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 from zlib import crc32
 
 from aether.artifact import headers
@@ -31,7 +32,8 @@ SEGMENT_CUT = 512 << 10
 """Large files are cut every so many bytes, counted from their own header."""
 _NAME_MASK = 31
 _NO_FOLLOW = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_PROGRESS_EVERY = 256
+_EVERY = 256
+"""Entries between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,11 @@ def pack(
     part = out_dir / f".pack-{os.getpid()}-{os.urandom(4).hex()}.part"
     listing = part.with_suffix(".json.part")
     try:
-        lines, files, pipeline = _write(part, members, targets, level, progress)
+        with part.open("xb", buffering=0) as out, listing.open("x", encoding="ascii", newline="\n") as listed:
+            files, pipeline = _write(out, listed, members, targets, level, progress)
         digest, content_digest = pipeline.digest, pipeline.content_digest
         artifact = out_dir / f"app-{digest}.tar.gz"
         manifest = out_dir / f"app-{digest}.manifest.json"
-        _write_manifest(listing, lines, digest, content_digest, pipeline)
         listing.rename(manifest)
         part.rename(artifact)
     except OSError as error:
@@ -138,20 +140,29 @@ def _changed(name: bytes) -> NoReturn:
 
 
 def _write(
-    part: Path,
+    out: FileIO,
+    listed: TextIO,
     members: list[Entry],
     targets: dict[bytes, bytes],
     level: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[str], int, Pipeline]:
+) -> tuple[int, Pipeline]:
+    """Write the artifact and its manifest and have both on disk; returns the number of files and the digests."""
     lines: list[str] = []
     files = 0
     total = len(members)
-    with part.open("xb", buffering=0) as out, Pipeline(out, level) as pipeline:
+    listed.write('{"version":1,"entries":[')
+    between = "\n"
+    with Pipeline(out, level) as pipeline:
         reader = _Reader(pipeline)
         for index, (name, source, kind) in enumerate(members):
-            if progress is not None and index % _PROGRESS_EVERY == 0:
-                progress(index, total)
+            if index % _EVERY == 0:
+                if progress is not None:
+                    progress(index, total)
+                if lines:
+                    listed.write(between + ",\n".join(lines))
+                    lines.clear()
+                    between = ",\n"
             if kind == FILE:
                 lines.append(reader.file(name, source))
                 files += 1
@@ -163,10 +174,17 @@ def _write(
                 reader.put(name, headers.header(name, headers.MODE_LINK, 0, headers.TYPE_LINK, target))
                 lines.append(f'{{"path":{_json(name)},"type":"symlink","mode":"0777","target":{_json(target)}}}')
         reader.end()
-        os.fsync(out.fileno())
+        listed.write(
+            (between if lines else "") + ",\n".join(lines) + f'\n],"files":{files},"tar_bytes":{pipeline.tar_bytes},'
+            f'"size_bytes":{pipeline.size_bytes},"content_digest":"{pipeline.content_digest}",'
+            f'"digest":"{pipeline.digest}"}}\n'
+        )
+        listed.flush()
+        os.fsync(listed.fileno())
+        pipeline.flush()
         if progress is not None:
             progress(total, total)
-    return lines, files, pipeline
+    return files, pipeline
 
 
 class _Reader:
@@ -265,16 +283,3 @@ def _json(name: bytes) -> str:
         return encode_basestring_ascii(name.decode("utf-8"))
     except UnicodeDecodeError:
         return f'{{"base64":"{b64encode(name).decode("ascii")}"}}'
-
-
-def _write_manifest(path: Path, lines: list[str], digest: str, content_digest: str, pipeline: Pipeline) -> None:
-    head = (
-        f'{{"version":1,"digest":"{digest}","content_digest":"{content_digest}",'
-        f'"size_bytes":{pipeline.size_bytes},"tar_bytes":{pipeline.tar_bytes},"entries":[\n'
-    )
-    with path.open("x", encoding="ascii", newline="\n") as out:
-        out.write(head)
-        out.write(",\n".join(lines))
-        out.write("\n]}\n")
-        out.flush()
-        os.fsync(out.fileno())

@@ -1,7 +1,8 @@
 """Segments of a tar stream on their way to disk: reused buffers, threads that hash and compress, writing in order.
 
-One thread hashes the tar, some compress, one hashes and writes the compressed members in their order. The caller of
-`submit` is held back when every buffer is in flight, which bounds memory. What a segment holds is `pack`'s business.
+One thread hashes the tar, some compress, one hashes and writes the compressed members in their order, one has the
+disk write along so that the flush at the end is short. The caller of `submit` is held back when every buffer is in
+flight, which bounds memory. What a segment holds is `pack`'s business.
 """
 
 import os
@@ -14,9 +15,12 @@ from threading import Lock, Thread
 from types import TracebackType
 
 from aether.artifact.codec import deflater
+from aether.model.errors import LocalIOError
 
 CAPACITY = 1 << 20
 """Bytes of one segment at most."""
+
+_FLUSH_EVERY = 24 << 20
 
 _ROOM = CAPACITY + 4096
 _MEMBER_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
@@ -37,8 +41,8 @@ class _Segment:
 class Pipeline:
     """A context: fill `buffer()`, call `submit(size)` for the next one, `finish()` at the end, then read the digests.
 
-    Leaving the context ends every thread, whether or not `finish` was reached. Errors of the threads (OSError of a
-    full disk among them) are raised by `submit` and `finish`.
+    Leaving the context ends every thread, whether or not `finish` was reached. Errors of the threads are raised by
+    `submit`, `finish` and `flush`: LocalIOError when the disk is full.
     """
 
     def __init__(self, out: FileIO, level: int) -> None:
@@ -51,6 +55,7 @@ class Pipeline:
         self._to_hash: SimpleQueue[_Segment | None] = SimpleQueue()
         self._to_compress: SimpleQueue[_Segment | None] = SimpleQueue()
         self._to_write: SimpleQueue[_Segment | None] = SimpleQueue()
+        self._to_flush: SimpleQueue[bool] = SimpleQueue()
         self._error: BaseException | None = None
         self._ended = False
         self._current = _Segment(self._free.get())
@@ -62,9 +67,10 @@ class Pipeline:
             Thread(target=self._run_write, name="aether-write"),
             *self._compressors,
         ]
+        self._flusher = Thread(target=self._run_flush, name="aether-flush")
 
     def __enter__(self) -> "Pipeline":
-        for thread in self._threads:
+        for thread in (*self._threads, self._flusher):
             thread.start()
         return self
 
@@ -72,6 +78,7 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
+        self._flusher.join()
 
     def buffer(self) -> memoryview:
         """The buffer to fill; CAPACITY bytes may be submitted, a little more may be overwritten."""
@@ -86,15 +93,27 @@ class Pipeline:
         self._to_hash.put(segment)
         self._to_compress.put(segment)
         self._current = _Segment(self._free.get())
-        if self._error is not None:
-            raise self._error
+        self._check()
         return self._current.buffer
 
     def finish(self, size: int = 0) -> None:
-        """Submit the last `size` bytes and wait until all is written; the digests are set afterwards."""
+        """Submit the last `size` bytes and wait until all is written; the digests are set afterwards.
+
+        The disk may still be at it: `flush` waits for that.
+        """
         if size:
             self.submit(size)
         self._end()
+        self._check()
+
+    def flush(self) -> None:
+        """After `finish`: wait until everything is on disk."""
+        self._flusher.join()
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self._error, OSError):
+            raise LocalIOError(f"cannot write the artifact: {self._error.strerror}") from self._error
         if self._error is not None:
             raise self._error
 
@@ -108,6 +127,7 @@ class Pipeline:
         self._to_write.put(None)
         for thread in self._threads:
             thread.join()
+        self._to_flush.put(False)
 
     def _release(self, segment: _Segment) -> None:
         with segment.lock:
@@ -139,6 +159,7 @@ class Pipeline:
 
     def _run_write(self) -> None:
         hashed = sha256()
+        flushed = 0
         while (segment := self._to_write.get()) is not None:
             member = segment.member.get()
             if self._error is not None:
@@ -150,6 +171,21 @@ class Pipeline:
                 view = memoryview(data)
                 while view:
                     view = view[self._out.write(view) or 0 :]
+                if self.size_bytes - flushed > _FLUSH_EVERY:
+                    flushed = self.size_bytes
+                    self._to_flush.put(True)
             except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
                 self._error = error
         self.digest = hashed.hexdigest()
+
+    def _run_flush(self) -> None:
+        more = True
+        while more:
+            more = self._to_flush.get()
+            while more and not self._to_flush.empty():
+                more = self._to_flush.get()
+            try:
+                if self._error is None:
+                    os.fsync(self._out.fileno())
+            except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
+                self._error = error

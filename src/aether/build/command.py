@@ -2,10 +2,11 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Timer
 
@@ -17,6 +18,8 @@ TAIL_LINES = 20
 _FIRST_LINES = 8
 _ERROR = re.compile(r"npm (?:error|ERR!)|\s?ERR_PNPM|error |ERROR:|\S* YN\d+: .*(?:Error|isn't|can't)")
 _LONGEST_LINE = 4096
+_LOOK_MS = 200
+"""How soon the end of a command is noticed whose output stays open."""
 _GRACE_S = 3.0
 
 
@@ -62,9 +65,7 @@ def run(
     timer.daemon = True
     timer.start()
     try:
-        assert child.stdout is not None
-        for raw in iter(lambda: child.stdout.readline(_LONGEST_LINE) if child.stdout else b"", b""):
-            line = raw.decode("utf-8", "replace").rstrip("\r\n")
+        for line in _lines(child):
             tail.append(line)
             if len(first) < _FIRST_LINES and (first or _ERROR.match(line)):
                 first.append((count, line))
@@ -90,6 +91,37 @@ def run(
     if code:
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         raise _failed(f"{what} {how}", _telling(first, tail, count))
+
+
+def _lines(child: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """Lines of output until it ends, or until the command has ended and nothing more comes.
+
+    A program that the command left in the background may hold the pipe open for ever.
+    """
+    assert child.stdout is not None
+    fd = child.stdout.fileno()
+    ready = select.poll()
+    ready.register(fd, select.POLLIN | select.POLLHUP)
+    pending = b""
+    while True:
+        if ready.poll(_LOOK_MS):
+            data = os.read(fd, 1 << 16)
+            if not data:
+                break
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                yield _text(line)
+            if len(pending) > _LONGEST_LINE:
+                yield _text(pending)
+                pending = b""
+        elif child.poll() is not None:
+            break
+    if pending:
+        yield _text(pending)
+
+
+def _text(line: bytes) -> str:
+    return line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r")
 
 
 def _telling(first: list[tuple[int, str]], tail: "deque[str]", count: int) -> list[str]:
