@@ -68,6 +68,8 @@ http {{
             proxy_set_header X-Forwarded-Proto $scheme;
             proxy_set_header X-Forwarded-Host $http_host;
             proxy_set_header X-Request-Id $request_id;
+            proxy_set_header traceparent "00-$request_id-00f067aa0ba902b7-01";
+            add_header X-Request-Id $request_id always;
         }}
     }}
 }}

@@ -101,13 +101,12 @@ class RequestHead:
 
 
 class ResponseHead:
-    """What the edge needs of a response head. `lines` are the end-to-end fields that pass unchanged,
-    Content-Length (but never of a 204) among them."""
+    """What the edge needs of a response head; not changed once it is made, because equal heads share it."""
 
     status: int
-    line: bytes
-    """Status code and reason as they are sent on."""
-    lines: list[bytes]
+    start: bytes
+    """Status line and the end-to-end fields that pass unchanged, Content-Length (but never of a 1xx or 204) among
+    them; each line with its CRLF."""
     content_length: int = NO_BODY
     chunked: bool = False
     keep_alive: bool = True
@@ -266,16 +265,15 @@ def _take_rare(head: RequestHead, fields: list[_Entry]) -> None:
         head.lines.append(b"tracestate: " + state)
 
 
-def parse_response(data: bytes, end: int) -> ResponseHead:
-    """Read the response head `data[:end]`, `end` being where its closing empty line begins. Raises HeadError."""
-    lines = data[:end].split(b"\r\n")
+def parse_response(raw: bytes) -> ResponseHead:
+    """Read a response head up to where its closing empty line begins. Raises HeadError."""
+    lines = raw.split(b"\r\n")
     head = ResponseHead()
     status = _statuses.get(lines[0])
     if status is None:
         status = _learn_status(lines[0])
-    head.status, head.line, minor = status
-    kept: list[bytes] = []
-    head.lines = kept
+    head.status, start, minor = status
+    kept = [start]
     connection = b""
     del lines[0]
     known = _response_lines.known
@@ -289,7 +287,7 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
             if head.content_length != NO_BODY:
                 raise HeadError("more than one Content-Length field")
             head.content_length = number
-            if head.status != 204:
+            if head.status >= 200 and head.status != 204:
                 kept.append(line)
         elif kind == _CONNECTION:
             connection = connection + b"," + value if connection else value
@@ -308,7 +306,9 @@ def parse_response(data: bytes, end: int) -> ResponseHead:
     elif connection != b"keep-alive":
         tokens = _tokens(connection)
         head.keep_alive = b"close" not in tokens and (minor == 1 or b"keep-alive" in tokens)
-        head.lines = _without(kept, tokens)
+        kept[1:] = _without(kept[1:], tokens)
+    kept.append(b"")
+    head.start = b"\r\n".join(kept)
     return head
 
 
@@ -329,7 +329,7 @@ def _learn_status(line: bytes) -> tuple[int, bytes, int]:
     match = _STATUS_LINE.fullmatch(line)
     if match is None:
         raise HeadError(_bad_first(line, "response"))
-    status = int(match[2]), match[2] + b" " + (match[3] or b""), int(match[1])
+    status = int(match[2]), b"HTTP/1.1 " + match[2] + b" " + (match[3] or b""), int(match[1])
     if len(line) < 64:
         if len(_statuses) > 256:
             _statuses.clear()

@@ -70,14 +70,12 @@ def upstream_request(head: RequestHead, forwarded: bytes, request_id: bytes, tra
 
 def client_response(head: ResponseHead, request_id: bytes, framing: bytes) -> bytes:
     """The whole response head to send; `framing` holds complete lines (length or coding, Connection)."""
-    lines = head.lines
-    lines.append(framing)
-    return b"HTTP/1.1 %b\r\n%bX-Request-Id: %b\r\n\r\n" % (head.line, b"\r\n".join(lines), request_id)
+    return b"%b%bX-Request-Id: %b\r\n\r\n" % (head.start, framing, request_id)
 
 
 def interim_response(head: ResponseHead) -> bytes:
     """A 1xx head to pass on (100, 102, 103)."""
-    return b"HTTP/1.1 %b\r\n%b\r\n" % (head.line, b"".join(line + b"\r\n" for line in head.lines))
+    return head.start + b"\r\n"
 
 
 def switching_response(head: ResponseHead, request_id: bytes) -> bytes:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
-from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError, parse_response
+from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
@@ -182,7 +182,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._buffer = data
                 return
             try:
-                head = parse_response(data, end)
+                head = self.backend.response_head(data[:end])
             except HeadError as error:
                 self._fail(exchange, f"the app answered badly: {error.message}")
                 return
