@@ -92,17 +92,21 @@ system_packages() {
 environment() {
   local python stamp
   python=$(python_bin) || die "Python 3.11 or newer with venv is needed; set AETHER_PYTHON to it"
-  stamp=$(cat requirements/dev.lock pyproject.toml | cksum)-$("$python" -c 'import sys; print(sys.version)' | cksum)-$root
-  if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
+  stamp=$(cat requirements/dev.lock pyproject.toml | cksum)-$root
+  if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     say "making the Python environment in .venv"
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
+    # a folder that moved or lost its interpreter is made anew; otherwise only what changed is installed
+    if [ "$(cat "$venv/.root" 2>/dev/null)" != "$root" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
+      rm -rf "$venv"
+      "$python" -m venv "$venv"
+      printf '%s' "$root" >"$venv/.root"
+    fi
     local uv
     uv=$(grep -oE '^uv==[^ ]+' requirements/dev.lock)
     # uv comes first from the same lock, hashes checked, and installs the rest
     awk -v want="$uv" '$1==want{on=1} on{print} on&&!/\\$/{exit}' requirements/dev.lock >"$venv/uv.lock"
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes -r "$venv/uv.lock"
-    "$venv/bin/uv" pip install -q --python "$venv/bin/python" --require-hashes -r requirements/dev.lock
+    "$venv/bin/uv" pip sync -q --python "$venv/bin/python" --require-hashes requirements/dev.lock
     "$venv/bin/uv" pip install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e .
     printf '%s' "$stamp" >"$venv/.stamp"
   fi
