@@ -169,7 +169,7 @@ def _compare(options: argparse.Namespace) -> dict[str, object]:
             "two": two,
             "port": nginx_port,
             "body": BODY.strip(),
-            "access": "off" if log == "off" else f"{folder}/access.log",
+            "access": "off" if log == "off" else f"{folder}/access.log combined buffer=8k",
         }
         (folder / "upstream.conf").write_text(UPSTREAM.format(**fields))
         (folder / "nginx.conf").write_text(NGINX.format(**fields))
