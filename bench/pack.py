@@ -40,6 +40,13 @@ PACKAGES = {
     "typescript": "5",
     "webpack": "5",
 }
+PROGRAM = """
+import sys
+from pathlib import Path
+from aether.artifact.pack import pack
+from aether.artifact.tree import scan
+pack(scan(sys.argv[1]), Path(sys.argv[2]))
+"""
 BARS = {"pigz6": 0.25, "pigz1": 0.6, "size": 1.05, "cold": 1.15, "rss_mb": 200.0}
 
 
@@ -124,7 +131,7 @@ class Bench:
 
     def ours(self) -> Run:
         self.clear()
-        return timed([sys.executable, __file__, "--one", str(self.tree), str(self.out)])
+        return timed([sys.executable, "-c", PROGRAM, str(self.tree), str(self.out)])
 
     def shell(self, behind: str) -> Run:
         self.clear()
@@ -179,23 +186,12 @@ def cold(run: Callable[[], Run], clear: Callable[[], None]) -> Callable[[], Run]
     return inner
 
 
-def one(tree: str, out: str) -> None:
-    from aether.artifact.pack import pack
-    from aether.artifact.tree import scan
-
-    pack(scan(tree), Path(out))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--cold-pairs", type=int, default=3, help="0 leaves the cold runs out")
     parser.add_argument("--tree", type=Path, help="a tree of your own")
-    parser.add_argument("--one", nargs=2, metavar=("TREE", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        one(*arguments.one)
-        return
     tree = prepare_tree(arguments.tree)
     files, size = measure_tree(tree)
     bench = Bench(tree)
@@ -214,7 +210,7 @@ def main() -> None:
     result["rss_mb"] = round(max(run.rss_mb for run in runs), 1)
     if arguments.cold_pairs and drop_caches():
         # the same commands without the outputs' own clearing, which would bring pages back
-        bare_ours = [sys.executable, __file__, "--one", str(tree), str(bench.out)]
+        bare_ours = [sys.executable, "-c", PROGRAM, str(tree), str(bench.out)]
         bare_cat = ["/bin/sh", "-c", 'tar -C "$1" -c . | cat > "$2"', "sh", str(tree), bench.their_file]
         result["cold"], _ = pairs(
             arguments.cold_pairs,

@@ -165,12 +165,9 @@ class Pipeline:
             if self._error is not None:
                 continue
             try:
-                data = b"".join(member)
-                hashed.update(data)
-                self.size_bytes += len(data)
-                view = memoryview(data)
-                while view:
-                    view = view[self._out.write(view) or 0 :]
+                for data in member:
+                    hashed.update(data)
+                self.size_bytes += _write_all(self._out.fileno(), member)
                 if self.size_bytes - flushed > _FLUSH_EVERY:
                     flushed = self.size_bytes
                     self._to_flush.put(True)
@@ -189,3 +186,14 @@ class Pipeline:
                     os.fsync(self._out.fileno())
             except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
                 self._error = error
+
+
+def _write_all(fd: int, member: list[bytes]) -> int:
+    """Write all parts in one call where the system takes them so; returns their length."""
+    size = sum(map(len, member))
+    written = os.writev(fd, member) if member else 0
+    if written < size:
+        rest = memoryview(b"".join(member))[written:]
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    return size
