@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 
 from support.server import Server, hello, server, wait_for
@@ -368,3 +370,40 @@ def test_bad_requests_name_the_field(up: Server) -> None:
     assert up.api("POST", "/apps", {"name": "strict"})[0] == 409
     assert up.api("GET", "/deployments?status=odd")[0] == 400
     assert up.api("GET", "/deployments/none")[0] == 404
+
+
+def test_deleting_an_app_in_the_middle_of_its_rollout(up: Server) -> None:
+    up.deploy("torn", hello("old"))
+    up.begin("torn", NEVER_LISTENS, timeout_secs=60)
+    wait_for(lambda: live(up, "torn") == 2)
+    assert up.api("DELETE", "/apps/torn")[0] == 204
+    assert live(up, "torn") == 0
+    assert not (up.data / "releases" / "torn").exists()
+    assert up.deploy("torn", hello("fresh"))["release"] == 1
+
+
+async def test_logs_over_a_websocket(up: Server) -> None:
+    await asyncio.to_thread(up.deploy, "wired", hello("one"))
+    token = (up.data / "admin-token").read_text().strip()
+    base = f"ws://127.0.0.1:{up.port}/apps/wired/logs?tail=5"
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(base, headers={"Authorization": f"Bearer {token}"}) as socket:
+            first = await socket.receive_json(timeout=10)
+            assert (first["line"], first["stream"], first["app"]) == ("up one", "stdout", "wired")
+            await asyncio.to_thread(up.deploy, "wired", hello("two"))
+            assert (await socket.receive_json(timeout=10))["line"] == "up two"
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            await session.ws_connect(base)
+
+
+def test_an_app_that_keeps_falling_over_is_restarted_ever_more_slowly(up: Server) -> None:
+    code = {
+        "server.js": "console.log('start');"
+        "require('http').createServer((q, r) => r.end('x')).listen(process.env.PORT);"
+        "setTimeout(() => process.exit(1), 400);"
+    }
+    assert up.deploy("wobbly", code)["status"] == "active"
+    time.sleep(6)
+    starts = len(up.api("GET", "/apps/wobbly/logs")[1].decode().splitlines())
+    assert 3 <= starts <= 7, starts
+    assert live(up, "wobbly") <= 1

@@ -112,7 +112,7 @@ class Deployments:
                 cancelled = await self._supersede(tx, app, row)
         except IntegrityError as error:
             raise IdempotencyConflict("this idempotency key is in use") from error
-        await self._begin(row, cancelled)
+        self._begin(row, cancelled)
         return row, True
 
     async def rollback(self, app_name: str, target: RollbackTarget, author: Author) -> DeploymentRow:
@@ -139,7 +139,7 @@ class Deployments:
                 runtime=past.runtime, rollback_of=past.id,
             )  # fmt: skip
             cancelled = await self._supersede(tx, app, row)
-        await self._begin(row, cancelled)
+        self._begin(row, cancelled)
         return row
 
     async def config(self, app_name: str) -> Config:
@@ -193,7 +193,7 @@ class Deployments:
                 )  # fmt: skip
                 cancelled = await self._supersede(tx, app, row)
         if row is not None:
-            await self._begin(row, cancelled)
+            self._begin(row, cancelled)
         return Config(version, env), None if row is None else row.id
 
     async def cancel(self, deployment_id: str, author: Author) -> DeploymentRow:
@@ -203,7 +203,7 @@ class Deployments:
             refuse_settled(row)
             await cancel_in(tx, [row], f"cancelled by {author.name}")
         self._broadcast.notify(row.id, row.app_id)
-        await self._engine.settled_elsewhere([row.id])
+        self._engine.settled_elsewhere([row.id])
         return await self.get(row.id)
 
     async def get(self, deployment_id: str) -> DeploymentRow:
@@ -355,9 +355,9 @@ class Deployments:
         await cancel_in(tx, older, f"deployment {newer.id} took its place")
         return [row.id for row in older]
 
-    async def _begin(self, row: DeploymentRow, cancelled: Sequence[str]) -> None:
+    def _begin(self, row: DeploymentRow, cancelled: Sequence[str]) -> None:
         self._broadcast.notify(row.id, row.app_id, *cancelled)
-        await self._engine.settled_elsewhere(list(cancelled))
+        self._engine.settled_elsewhere(cancelled)
         self._engine.submit(row)
 
 

@@ -118,18 +118,18 @@ class Engine:
         if not self._closing:
             self._start_rollout(Claim(row.id, row.app_id, row.epoch), row)
 
-    async def settled_elsewhere(self, deployment_ids: list[str]) -> None:
+    def settled_elsewhere(self, deployment_ids: Sequence[str]) -> None:
         """Deployments whose status a service wrote (cancelled): let their rollouts notice."""
         for deployment_id in deployment_ids:
             if rollout := self._rollouts.get(deployment_id):
-                await rollout.reread()
+                rollout.look_again()
 
     async def drop(self, app_id: str, app: str) -> None:
         """Stop everything of a deleted app and forget its route, instances and logs."""
         runner = self._runners.get(app_id)
         if runner is not None:
             if (rollout := self._newest.get(app_id)) is not None:
-                await rollout.reread()
+                rollout.look_again()
                 await rollout.released.wait()
             await runner.stop(self._options.stop_grace_secs)
             del self._runners[app_id]

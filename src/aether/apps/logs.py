@@ -145,6 +145,8 @@ class Logs:
                     for instance_id in sources:
                         if instance_id not in pumps:
                             start(instance_id)
+                    for instance_id in [i for i, pump in pumps.items() if pump.done() and i not in sources]:
+                        del pumps[instance_id]
                 if getting in done:
                     instance_id, record = getting.result()
                     getting = asyncio.create_task(queue.get())

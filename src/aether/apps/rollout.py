@@ -18,7 +18,7 @@ from aether.apps.ledger import Claim, Ledger, LostRollout, deadline_us
 from aether.apps.records import DeploymentError, DeploymentRow
 from aether.apps.replica import Launch, Replica
 from aether.apps.runner import Group, Runner
-from aether.model.deployment import SETTLED, DeploymentStatus
+from aether.model.deployment import SETTLED, UNDER_WAY, DeploymentStatus
 from aether.model.errors import AetherError, ServiceUnavailable
 from aether.model.times import now_us
 from aether.rollout.machine import (
@@ -94,21 +94,13 @@ class Rollout:
         self._old: Group | None = None
         self._new: Group | None = None
         self._deadline = asyncio.get_running_loop().time() + (deadline_us(row) - now_us()) / 1e6
+        self._stale = False
         self.released = asyncio.Event()
         self._wake = runner.listen()
 
-    async def reread(self) -> None:
-        """Somebody else wrote the deployment's status: take it from the record.
-
-        A deployment that is gone with its app, or under way in somebody else's hands, ends here like a cancelled one.
-        """
-        recorded = await self._ledger.status_of(self.row.id)
-        if recorded is DeploymentStatus.ACTIVE:
-            if self._status is not DeploymentStatus.ACTIVE and self._new is not None:
-                self._take_over(self._new)
-        elif self._status is not DeploymentStatus.ACTIVE:
-            settled = recorded is not None and recorded in SETTLED
-            self._status = recorded if recorded is not None and settled else DeploymentStatus.CANCELLED
+    def look_again(self) -> None:
+        """Somebody else may have written the deployment's status: take it from the record before anything else."""
+        self._stale = True
         self._wake.set()
 
     async def run(self) -> None:
@@ -131,6 +123,8 @@ class Rollout:
     async def _loop(self) -> None:
         while True:
             self._wake.clear()
+            if self._stale and not await self._reread():
+                continue
             view = self._view()
             now = asyncio.get_running_loop().time()
             actions = decide(view, now)
@@ -156,15 +150,38 @@ class Rollout:
             old_held=self._held,
         )
 
+    async def _reread(self) -> bool:
+        """False when the database is away and this must be tried again.
+
+        A deployment that is gone with its app, or under way in somebody else's hands, ends here like a cancelled one.
+        """
+        try:
+            recorded = await self._ledger.status_of(self.row.id)
+        except ServiceUnavailable as error:
+            _log.warning("a rollout waits for the database", deployment=self.row.id, error=error.message)
+            await asyncio.sleep(_DATABASE_PAUSE_SECS)
+            return False
+        self._stale = False
+        if recorded is DeploymentStatus.ACTIVE:
+            if self._status is not DeploymentStatus.ACTIVE and self._new is not None:
+                self._take_over(self._new)
+        elif self._status is not DeploymentStatus.ACTIVE:
+            settled = recorded is not None and recorded in SETTLED
+            self._status = recorded if recorded is not None and settled else DeploymentStatus.CANCELLED
+        return True
+
     async def _apply_all(self, actions: Sequence[Action]) -> None:
         try:
             for action in actions:
                 await self._apply(action)
         except LostRollout:
-            await self.reread()
+            self.look_again()
         except ServiceUnavailable as error:
             _log.warning("a rollout waits for the database", deployment=self.row.id, error=error.message)
             await asyncio.sleep(_DATABASE_PAUSE_SECS)
+        except Exception as error:  # noqa: BLE001 - a bug ends this rollout, never leaves it under way for ever
+            _log.error("a rollout went wrong", deployment=self.row.id, exc_info=error)
+            await self._give_up()
 
     async def _apply(self, action: Action) -> None:
         match action:
@@ -198,6 +215,18 @@ class Rollout:
                     self._beside(replica.stop(grace if served else min(grace, _NEVER_SERVED_GRACE_SECS)))
             case Fail(reason):
                 await self._fail(reason)
+
+    async def _give_up(self) -> None:
+        reason = Reason("internal", "the rollout failed for a reason that is the server's; its log tells more")
+        try:
+            if self._status in UNDER_WAY:
+                await self._move(
+                    DeploymentStatus.FAILED, reason.message, error=DeploymentError(reason.code, reason.message)
+                )
+        except (AetherError, LostRollout) as error:
+            _log.error("a rollout's failure was not recorded yet", deployment=self.row.id, error=str(error))
+            await asyncio.sleep(_DATABASE_PAUSE_SECS)
+            self.look_again()
 
     def _named(self, instances: Sequence[str]) -> list[Replica]:
         return [
