@@ -132,7 +132,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, small_disk
         assert (status, error["code"]) == (503, "service_unavailable")
         assert "full" in error["message"]
         assert not any((small_disk / "objects").rglob("*.part"))
-        assert (await api.upload("shop", fits))["verified"]
+        assert (await api.upload("shop", fits))["size_bytes"] == len(fits)
 
 
 async def test_a_disk_that_fills_up_while_receiving(small_disk: Path) -> None:
@@ -219,7 +219,7 @@ def test_memory_stays_bounded_for_500_megabytes(tmp_path: Path) -> None:
         blocks = (block for _ in range(500))
         call("PUT", str(signed["url"]), blocks, {"Content-Length": str(size)})
         done = {**body, "upload_id": signed["upload_id"]}
-        assert call("POST", "/artifacts/complete", json.dumps(done), headers)["verified"] is True
+        assert call("POST", "/artifacts/complete", json.dumps(done), headers)["size_bytes"] == size
         connection.request("GET", f"/artifacts/{body['digest']}/download", headers=headers)
         redirect = connection.getresponse()
         redirect.read()

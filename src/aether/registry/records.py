@@ -63,7 +63,7 @@ def storage_key(app: str, digest: str) -> str:
 
 _ARTIFACT_COLUMNS = [*artifacts.c, applications.c.name.label("app")]
 _ARTIFACTS = sa.select(*_ARTIFACT_COLUMNS).join(applications, applications.c.id == artifacts.c.app_id)
-_STORED = _ARTIFACTS.where(artifacts.c.status == "stored", artifacts.c.verified.is_(sa.true()))
+_STORED = _ARTIFACTS.where(artifacts.c.status == "stored")
 _UPLOADS = sa.select(*uploads.c, applications.c.name.label("app")).join(
     applications, applications.c.id == uploads.c.app_id
 )
@@ -137,7 +137,7 @@ async def add_artifact(tx: AsyncConnection, upload: Upload, key: str | None, now
         "size_bytes": upload.size_bytes,
         "status": "stored",
         "storage_key": storage_key(upload.app, upload.digest),
-        "verified": True,
+        "verified": False,
         "upload_id": upload.id,
         "created_at": now,
     }
