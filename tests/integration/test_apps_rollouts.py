@@ -129,6 +129,15 @@ def test_the_port_that_is_listened_on_instead_is_named(up: Server) -> None:
     assert "process.env.PORT" in done["error"]["message"]
 
 
+def test_content_that_is_not_what_the_upload_said_is_not_run(up: Server) -> None:
+    digest = up.upload("liar", hello("x"), content_digest="c" * 64)
+    status, made = up.api("POST", "/deployments", {"app": "liar", "digest": digest, "command": "node server.js"})
+    assert status == 201
+    done = up.settled(made["id"])
+    assert (done["status"], done["error"]["code"]) == ("failed", "digest_mismatch")
+    assert not (up.data / "releases" / "liar" / digest).exists()
+
+
 def test_a_first_release_that_fails_leaves_a_failed_app(up: Server) -> None:
     assert up.deploy("stillborn", EXITS)["status"] == "failed"
     assert up.app("stillborn")["status"] == "failed"

@@ -168,12 +168,12 @@ class Server:
         finally:
             connection.close()
 
-    def upload(self, app: str, files: dict[str, str]) -> str:
+    def upload(self, app: str, files: dict[str, str], **claims: Any) -> str:
         """Make the app if needed and upload; returns the digest."""
         self.api("POST", "/apps", {"name": app})
         blob = pack(files)
         digest = hashlib.sha256(blob).hexdigest()
-        body = {"app": app, "digest": digest, "size_bytes": len(blob), "runtime": "node20"}
+        body = {"app": app, "digest": digest, "size_bytes": len(blob), "runtime": "node20", **claims}
         status, signed = self.api("POST", "/artifacts/presign", body)
         assert status == 200, signed
         if signed["method"] == "PUT":

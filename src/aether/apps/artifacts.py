@@ -47,7 +47,7 @@ class UnpackedArtifacts:
         await self._tasks.close()
         await asyncio.to_thread(self._threads.shutdown, wait=True)
 
-    async def unpack(self, app: str, digest: str) -> Path:
+    async def unpack(self, app: str, digest: str, content_digest: str | None) -> Path:
         """Raises NotFound without the object, DigestMismatch when it is not what its name says, BadRequest for an
         archive that is refused, OSError of the disk. A cancelled caller does not disturb the others."""
         target = self._root / app / digest
@@ -55,7 +55,9 @@ class UnpackedArtifacts:
             return target
         task = self._under_way.get(target)
         if task is None:
-            task = self._under_way[target] = self._tasks.start(self._make(app, digest, target), f"unpack for {app}")
+            task = self._under_way[target] = self._tasks.start(
+                self._make(app, digest, content_digest, target), f"unpack for {app}"
+            )
             task.add_done_callback(lambda _: self._under_way.pop(target, None))
         return await asyncio.shield(task)
 
@@ -72,15 +74,15 @@ class UnpackedArtifacts:
     async def discard_app(self, app: str) -> None:
         await self._run(lambda: self._remove(self._root / app))
 
-    async def _make(self, app: str, digest: str, target: Path) -> Path:
+    async def _make(self, app: str, digest: str, content_digest: str | None, target: Path) -> Path:
         key = f"artifacts/{app}/{digest}/app.tar.gz"
         local = self._objects.local_path(key)
         if local is not None:
-            return await self._run(lambda: self._verify_and_extract(Path(local), digest, target))
+            return await self._run(lambda: self._verify_and_extract(Path(local), digest, content_digest, target))
         fetched = self._root / f"{_FETCHED}{os.urandom(8).hex()}"
         try:
             await self._fetch(key, fetched)
-            return await self._run(lambda: self._verify_and_extract(fetched, digest, target))
+            return await self._run(lambda: self._verify_and_extract(fetched, digest, content_digest, target))
         finally:
             fetched.unlink(missing_ok=True)
 
@@ -92,7 +94,7 @@ class UnpackedArtifacts:
         finally:
             await self._run(out.close)
 
-    def _verify_and_extract(self, archive: Path, digest: str, target: Path) -> Path:
+    def _verify_and_extract(self, archive: Path, digest: str, content_digest: str | None, target: Path) -> Path:
         try:
             with archive.open("rb", buffering=0) as source:
                 found = hashlib.file_digest(source, "sha256").hexdigest()
@@ -101,7 +103,13 @@ class UnpackedArtifacts:
         if found != digest:
             raise DigestMismatch(f"the stored artifact {digest[:12]} has changed: its bytes hash to {found[:12]}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        extract(archive, target, limits=self._limits)
+        content = extract(archive, target, limits=self._limits).content_digest
+        if content_digest is not None and content != content_digest:
+            self._remove(target)
+            raise DigestMismatch(
+                f"the content of artifact {digest[:12]} hashes to {content[:12]}, not to {content_digest[:12]} as "
+                "its upload said"
+            )
         return target
 
     def _sweep(self) -> None:

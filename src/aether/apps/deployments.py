@@ -402,12 +402,11 @@ async def _find_artifact(tx: AsyncConnection, app: AppRow, digest: str) -> sa.Ro
             artifacts.c.app_id == app.id,
             artifacts.c.digest == digest,
             artifacts.c.status == "stored",
-            artifacts.c.verified,
         )
     )
     row = found.one_or_none()
     if row is None:
-        raise NotFound(f"app '{app.name}' has no verified artifact {digest[:12]}; upload it first")
+        raise NotFound(f"app '{app.name}' has no artifact {digest[:12]}; upload it first")
     return row
 
 

@@ -95,8 +95,10 @@ class Router(Protocol):
 class ArtifactSource(Protocol):
     """Unpacked artifacts on this machine, shared by every instance of a digest."""
 
-    async def unpack(self, app: str, digest: str) -> Path:
-        """Folder with the verified, unpacked artifact; made once, complete or absent, never half-written."""
+    async def unpack(self, app: str, digest: str, content_digest: str | None) -> Path:
+        """Folder with the unpacked artifact; made once, complete or absent, never half-written.
+
+        The bytes must hash to `digest`, and the tar inside to `content_digest` when the client named one."""
         ...
 
     async def discard(self, app: str, digest: str) -> None: ...
