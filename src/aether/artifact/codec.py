@@ -37,6 +37,12 @@ def deflater(level: int) -> Callable[[memoryview], bytes]:
     return lambda data: zlib.compress(data, level, wbits=-15)
 
 
+def checksum() -> Callable[[memoryview], int]:
+    """CRC-32 (RFC 1952), an order of magnitude faster than zlib's."""
+    crc: Callable[[memoryview], int] = import_module("isal.isal_zlib").crc32
+    return crc
+
+
 def inflater() -> tuple[Callable[[], Inflater], type[Exception]]:
     """What starts a gzip member, and the error it raises for damaged input."""
     isal = _isal()

@@ -7,14 +7,13 @@ flight, which bounds memory. What a segment holds is `pack`'s business.
 
 import os
 import struct
-import zlib
 from hashlib import sha256
 from io import FileIO
 from queue import SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
 
-from aether.artifact.codec import deflater
+from aether.artifact.codec import checksum, deflater
 from aether.model.errors import LocalIOError
 
 CAPACITY = 1 << 20
@@ -49,6 +48,7 @@ class Pipeline:
         workers = max(2, min(8, os.cpu_count() or 2))
         self._out = out
         self._compress = deflater(level)
+        self._checksum = checksum()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(2 * workers + 4):
             self._free.put(memoryview(bytearray(_ROOM)))
@@ -149,7 +149,7 @@ class Pipeline:
             try:
                 if self._error is None:
                     data = segment.buffer[: segment.size]
-                    tail = struct.pack("<II", zlib.crc32(data), segment.size)
+                    tail = struct.pack("<II", self._checksum(data), segment.size)
                     member = [_MEMBER_HEAD, self._compress(data), tail]
             except BaseException as error:  # noqa: BLE001 (kept for the thread that packs, which raises it)
                 self._error = error
