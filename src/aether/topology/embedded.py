@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -45,6 +46,7 @@ from aether.stores.database.engine import Database
 from aether.stores.objects.filesystem import FilesystemObjects
 from aether.stores.objects.signing import UrlSigner, load_key
 from aether.topology import node
+from aether.topology.edge_metrics import EdgeMetrics
 from aether.topology.folder import announce, owned, withdraw
 from aether.topology.public import api_hosts, app_url, base_url, check_exposure, listen
 
@@ -53,6 +55,7 @@ ADOPTION_SECS = 1.0
 RESTART_SECS = 15.0
 """How long the start as a whole waits for apps that must be started."""
 _INTERRUPTED = 130
+_OPEN_FILES = 65_536
 _log = logger(__name__)
 
 
@@ -76,8 +79,17 @@ def serve(settings: Settings, host: str, port: int, on_ready: Callable[[Ready], 
     by the next start. Raises LocalIOError (port in use, folder in use), ConfigError and ServiceUnavailable.
     """
     check_exposure(settings, host)
+    _allow_many_files()
     with owned(settings.data_dir), listen(host, port) as listener:
         return uvloop.run(_serve(settings, host, listener, on_ready))
+
+
+def _allow_many_files() -> None:
+    """Each proxied connection takes two descriptors; instances get a limit of their own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(settings: Settings, host: str, listener: socket.socket, on_ready: Callable[[Ready], None]) -> int:
@@ -173,7 +185,10 @@ async def _running(
         await api.start()
         stack.push_async_callback(api.stop)
         table.set_api(api_hosts(settings, host), data / "run" / "api.sock")
-        edge = Edge(table, _edge_options(settings))
+        edge_metrics = EdgeMetrics()
+        edge = Edge(table, _edge_options(settings), edge_metrics.record)
+        edge_metrics.counters = edge.counters
+        metrics.registry.register(edge_metrics)
         await edge.start(sockets=[listener])
         stack.push_async_callback(edge.close, settings.drain_timeout_secs)
         stack.callback(services.shutdown.set)
