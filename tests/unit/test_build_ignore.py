@@ -163,7 +163,7 @@ PATTERNS = st.lists(
         lambda lead, parts, tail: lead + "/".join(parts) + tail,
         st.sampled_from(["", "!", "/", "!/", "**/"]),
         st.lists(st.one_of(WORDS, st.sampled_from(["*", "**", "*.log", "[ab]", "?"])), min_size=1, max_size=3),
-        st.sampled_from(["", "/", "/**"]),
+        st.sampled_from(["", "/", "/**", "/*", "/**/"]),
     ),
     max_size=5,
 )
@@ -182,7 +182,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(patterns=PATTERNS)
 def test_gitignore_means_what_git_says_it_means(checkout: Path, patterns: list[str]) -> None:
     (checkout / ".gitignore").write_text("\n".join(patterns) + "\n")

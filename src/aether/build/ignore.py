@@ -73,13 +73,13 @@ class Rules:
     def judge(self, path: str) -> bool | None:
         """True: ignored, False: explicitly not, None: not mentioned. A folder's path ends with '/'."""
         for run in self._runs:
-            if run.regex.search(path):
+            if run.regex.fullmatch(path):
                 return run.ignores
         return None
 
     def reason(self, path: str) -> str:
         """Which pattern ignores `path`."""
-        text = next(rule.text for rule in reversed(self._rules) if rule.regex.search(path))
+        text = next(rule.text for rule in reversed(self._rules) if rule.regex.fullmatch(path))
         return f"{self.name}: {text}"
 
 
@@ -89,7 +89,7 @@ def _rules(lines: Iterable[str], name: str) -> Iterator[_Rule]:
     for number, line in enumerate(lines, 1):
         text = line.rstrip("\r\n")
         # git lets 'a/**' match what is in a folder, not the folder, so that '!a/b' may follow
-        asked = f"{text}/*" if text.endswith("/**") else text
+        asked = f"{text}/*" if text.endswith("/**") else f"{text}*/" if text.endswith("/**/") else text
         try:
             patterns = list(GitIgnoreSpec.from_lines([asked]).patterns)
         except ValueError as error:
@@ -98,7 +98,9 @@ def _rules(lines: Iterable[str], name: str) -> Iterator[_Rule]:
             regex = getattr(pattern, "regex", None)
             if pattern.include is not None and isinstance(regex, re.Pattern):
                 plain = str(regex.pattern).replace("?P<ps_d>", "?:")  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-                yield _Rule(pattern.include, re.compile(plain, re.DOTALL), text)
+                # pathspec searches and takes in all that lies below; here each path is judged by itself, in full
+                whole = {".": ".+", "(?:/)": ".+/"}.get(plain, plain)
+                yield _Rule(pattern.include, re.compile(whole, re.DOTALL), text)
 
 
 def read_rules(path: bytes, name: str) -> Rules | None:
