@@ -23,6 +23,7 @@ from zlib import crc32
 from aether.artifact import headers
 from aether.artifact.links import escapes
 from aether.artifact.pipeline import CAPACITY, Pipeline
+from aether.artifact.prefetch import Prefetch
 from aether.artifact.tree import DIRECTORY, FILE, LINK, Entry, show
 from aether.model.errors import ConfigError, LocalIOError
 
@@ -153,10 +154,11 @@ def _write(
     total = len(members)
     listed.write('{"version":1,"entries":[')
     between = "\n"
-    with Pipeline(out, level) as pipeline:
+    with Pipeline(out, level) as pipeline, Prefetch(members) as prefetch:
         reader = _Reader(pipeline)
         for index, (name, source, kind) in enumerate(members):
             if index % _EVERY == 0:
+                prefetch.reached(index)
                 if progress is not None:
                     progress(index, total)
                 if lines:
