@@ -1,5 +1,6 @@
 """Unpacking hostile archives: nothing outside, nothing half, nothing left behind."""
 
+import errno
 import gzip
 import io
 import os
@@ -273,6 +274,11 @@ def test_no_link_judged_safe_resolves_outside(
     if any(escapes(name, target, made) for name, target in made.items()):
         return
     for name in made:
+        try:
+            os.stat(root + b"/" + name)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                continue  # leads nowhere; realpath would read on as if the loop were a plain name
         real = os.path.realpath(root + b"/" + name)
         assert real == root or real.startswith(root + b"/")
 
