@@ -6,6 +6,10 @@ import sys
 
 from aether.cli.output import escape
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _LEVELS = {"trace": 0, "debug": 1, "info": 2, "warn": 3, "error": 4}
 
 
@@ -16,6 +20,8 @@ class Log:
         self.level = level
         self.format = log_format
         self._least = _LEVELS[level]
+        self.sink: Callable[[str], None] | None = None
+        """Takes the lines while something is drawn on the terminal that plain writing would tear apart."""
 
     def shows(self, level: str) -> bool:
         return _LEVELS[level] >= self._least
@@ -41,5 +47,12 @@ class Log:
         else:
             mark = {"warn": "warning: ", "error": "error: "}.get(level, "")
             line = escape(mark + message + "".join(f" {name}={value}" for name, value in fields.items()), keep="\n")
-        sys.stderr.write(line + "\n")
+        self.line(line)
+
+    def line(self, text: str) -> None:
+        """A line of its own on stderr, whatever the level: part of what a command has to say."""
+        if self.sink is not None:
+            self.sink(text)
+            return
+        sys.stderr.write(text + "\n")
         sys.stderr.flush()

@@ -38,8 +38,10 @@ def run(arguments: Arguments, context: Context) -> int:
         follow=bool(arguments.follow),
         on_state=context.log.warn,
     )
+    silent = True
     for batch in batches:
         if batch:
+            silent = False
             shown = (
                 json.dumps(line, ensure_ascii=False) if context.as_json else text(line, terminal) for line in batch
             )
@@ -49,6 +51,8 @@ def run(arguments: Arguments, context: Context) -> int:
         elif watched is not None and watched.poll(0):
             # nothing to write, so a reader that went away is noticed only by asking
             raise BrokenPipeError
+    if silent and not arguments.follow and arguments.tail:
+        context.log.info(f"{app} has written nothing" + (f" since {arguments.since}" if arguments.since else " yet"))
     return 0
 
 

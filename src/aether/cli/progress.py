@@ -87,17 +87,23 @@ class Bars(Progress):
 
     def __enter__(self) -> Progress:
         self._bars.start()
+        self._log.sink = self._above
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._log.sink = None
         self._bars.stop()
+
+    def _above(self, line: str) -> None:
+        """A finished line above the bars: written past rich, it would be overdrawn by their next frame."""
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, phase: str) -> None:
         super().begin(phase)
         self._task = self._bars.add_task(phase, total=None, text="")
 
     def note(self, text: str) -> None:
-        self._bars.console.print(escape(text), markup=False, highlight=False)
+        self._above(escape(text))
 
     def step(self, text: str) -> None:
         if self._task is None:

@@ -6,12 +6,11 @@ for its word; a second Ctrl-C leaves at once. What runs in the end is said, neve
 
 from __future__ import annotations
 
-import sys
 import time
 
 from aether.cli.interrupts import Interrupts
 from aether.cli.output import escape
-from aether.model.errors import AetherError, Conflict, RolloutFailed
+from aether.model.errors import AetherError, Conflict, NotFound, RolloutFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ def roll_out(
     Raises RolloutFailed when the new release does not serve, and KeyboardInterrupt after a cancellation.
     """
     deployment: Deployment | None = None
+    said: dict[str, str] = {}
     with Interrupts() as interrupts:
         try:
             # an interrupt must not fall between the server's creating the deployment and our learning its id
@@ -44,22 +44,26 @@ def roll_out(
             if detach:
                 return deployment
             progress.begin("rollout")
-            deployment = _watch(context, deployment, timeout_s, progress)
+            deployment = _watch(context, deployment, timeout_s, progress, said)
         except KeyboardInterrupt as interrupt:
             if deployment is None or detach:
                 raise
-            said = _after_cancel(context, deployment, progress)
-            raise type(interrupt)(f"interrupted: {said}") from None
+            outcome = _after_cancel(context, deployment, progress)
+            raise type(interrupt)(f"interrupted: {outcome}") from None
     if deployment["status"] != "active":
-        raise _failure(context, deployment)
+        raise _failure(context, deployment, said.get(deployment["status"], ""))
     return deployment
 
 
-def _watch(context: Context, deployment: Deployment, timeout_s: float, progress: Progress) -> Deployment:
+def _watch(
+    context: Context, deployment: Deployment, timeout_s: float, progress: Progress, said: dict[str, str]
+) -> Deployment:
+    """Wait for the end; `said` gets the newest message of each phase."""
     if deployment["status"] in SETTLED:
         return deployment
 
     def on_event(event: DeploymentEvent) -> None:
+        said[event["phase"]] = event["message"]
         progress.step(f"{event['phase']}: {event['message']}" if event["message"] else event["phase"])
 
     try:
@@ -67,8 +71,8 @@ def _watch(context: Context, deployment: Deployment, timeout_s: float, progress:
             deployment["id"], on_event, deadline=time.monotonic() + timeout_s + GRACE_S, on_state=context.log.warn
         )
     except TimeoutError:
-        said = _after_cancel(context, deployment, progress)
-        raise RolloutFailed(f"the rollout did not end within {timeout_s:g} s: {said}") from None
+        outcome = _after_cancel(context, deployment, progress)
+        raise RolloutFailed(f"the rollout did not end within {timeout_s:g} s: {outcome}") from None
 
 
 def _after_cancel(context: Context, deployment: Deployment, progress: Progress) -> str:
@@ -100,7 +104,7 @@ def _ignore(_event: DeploymentEvent) -> None:
     """The way to a cancelled state is of no interest."""
 
 
-def _failure(context: Context, deployment: Deployment) -> RolloutFailed:
+def _failure(context: Context, deployment: Deployment, message: str) -> RolloutFailed:
     """Show the app's own last lines and say what went wrong and what serves now."""
     app, error = deployment["app"], deployment["error"]
     if deployment["status"] == "superseded":
@@ -108,11 +112,11 @@ def _failure(context: Context, deployment: Deployment) -> RolloutFailed:
     elif error is not None:
         why = error["message"].rstrip(".")
     else:
-        why = f"the rollout is {deployment['status'].replace('_', ' ')}"
+        why = f"the rollout was {deployment['status'].replace('_', ' ')}" + (f": {message}" if message else "")
     if error is not None and error["log_tail"]:
-        sys.stderr.write(f"last lines of {app}:\n")
-        sys.stderr.writelines(f"  | {escape(line)}\n" for line in error["log_tail"])
-        sys.stderr.flush()
+        context.log.line(f"last lines of {app}:")
+        for line in error["log_tail"]:
+            context.log.line(f"  | {escape(line)}")
     return RolloutFailed(f"{app}: {why}; {serving(context, app)}")
 
 
@@ -120,6 +124,8 @@ def serving(context: Context, app: str) -> str:
     """Which release of `app` serves, in words."""
     try:
         now = context.api.app(app)
+    except NotFound:
+        return "the app does not exist any more"
     except AetherError as error:
         return f"what serves now is unknown ({error.message})"
     if now["release"] is None:

@@ -129,6 +129,7 @@ def follow_log(
     Raises what the first connection raises, and later NetworkError after `patience_s` seconds without the server,
     or what the server says when it is not transient (the app was deleted, the token revoked).
     """
+    on_state = _once(on_state)
     cursor = LogCursor(tail=_ALL_LINES if tail is None else tail, since=since)
     patience = _Patience(patience_s, pause)
     connected = False
@@ -175,6 +176,7 @@ def watch_deployment(
     `deadline` is in `time.monotonic()` seconds; raises TimeoutError when it passes first, NetworkError after
     `patience_s` seconds without the server, or what the server says when it is not transient.
     """
+    on_state = _once(on_state)
     patience = _Patience(patience_s, pause)
     last_id = ""
     connected = False
@@ -212,6 +214,21 @@ def watch_deployment(
 
 
 _ACCEPT_NDJSON = {"Accept": "application/x-ndjson"}
+
+
+def _once(on_state: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    """`on_state` without the repetitions that every further attempt of one outage brings."""
+    if on_state is None:
+        return None
+    last = ""
+
+    def say(text: str) -> None:
+        nonlocal last
+        if text != last:
+            last = text
+            on_state(text)
+
+    return say
 
 
 def _is_new(event_id: str, last_id: str) -> bool:
