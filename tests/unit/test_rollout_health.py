@@ -84,7 +84,7 @@ async def answering(data: bytes | None, *, listening: bool = True) -> AsyncItera
 async def last_reason(gate: Gate, instance: FakeInstance, dials: int) -> str:
     running = asyncio.create_task(gate.run())
     async with asyncio.timeout(5):
-        while instance.dials < dials or gate.last.code == "never_listened":
+        while instance.dials <= dials:
             await asyncio.sleep(0.005)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -133,6 +133,19 @@ async def test_silence_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PROBE_TIMEOUT_SECS", 0.02)
     async with answering(None) as instance:
         assert await last_reason(Gate(instance, CHECK), instance, 1) == "health_timeout"
+
+
+async def test_an_app_that_listens_is_never_said_not_to() -> None:
+    async with answering(None) as instance:
+        gate = Gate(instance, CHECK)
+        running = asyncio.create_task(gate.run())
+        async with asyncio.timeout(5):
+            while not instance.seen:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.005)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert gate.last.code == "health_timeout"
+        assert "has not answered GET /" in gate.last.message
 
 
 async def test_an_end_is_not_waited_out() -> None:

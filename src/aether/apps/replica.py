@@ -77,6 +77,7 @@ class Replica:
         self._stopping = False
         self._pausing = False
         self._reason: Reason | None = None
+        self._given_up = False
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self._life_over = asyncio.Event()
@@ -221,7 +222,8 @@ class Replica:
                 if self.keep:
                     await self._record("ready")
                 ended = await instance.wait()
-            self._reason = self._why_ended(ended, ready=ready_at is not None)
+            if not self._given_up:
+                self._reason = self._why_ended(ended, ready=ready_at is not None)
         finally:
             self.backend = None
             self._instance = None
@@ -258,12 +260,14 @@ class Replica:
     async def _pass_gate(self, instance: Instance) -> InstanceExit | None:
         if self._adopt == self.instance_id and self._was_ready and await _listens(instance):
             return None
-        self._gate = Gate(instance, self._launch.check)
+        self._gate, self._given_up = Gate(instance, self._launch.check), False
         limit = self._launch.start_timeout_secs if self.keep else None
         try:
             async with asyncio.timeout(limit):
                 verdict = await self._gate.run()
         except TimeoutError:
+            # what the gate saw says more than the signal that ends the instance now
+            self._given_up = True
             return await instance.stop(0)
         finally:
             self._reason, self._gate = self._gate.last, None

@@ -114,7 +114,15 @@ class Gate:
             await asyncio.sleep(pause)
 
     async def _probe(self) -> int:
-        return await http_status(await self._instance.dial(), self._check.host, self._check.target)
+        connection = await self._instance.dial()
+        if self.last.code == "never_listened":
+            # known from here on, although the answer may outlast the caller's deadline
+            self.last = Reason(
+                "health_timeout",
+                f"the app accepted a connection on port {self._check.port} but has not answered "
+                f"GET {self._check.target}",
+            )
+        return await http_status(connection, self._check.host, self._check.target)
 
 
 async def http_status(connection: socket.socket, host: str, target: str) -> int:
