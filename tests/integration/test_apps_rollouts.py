@@ -168,10 +168,13 @@ def test_repeats_are_recognised_only_against_the_newest(up: Server) -> None:
     first = up.deploy("abba", a)
     again = up.begin("abba", a)
     assert again["id"] == first["id"]
+    other = up.begin("abba", a, runtime="node18")
+    assert other["id"] != first["id"], "the same artifact for another runtime is not the same deployment"
+    first = up.settled(other["id"])
     second = up.deploy("abba", b)
     third = up.deploy("abba", a)
     assert len({first["id"], second["id"], third["id"]}) == 3
-    assert [first["release"], second["release"], third["release"]] == [1, 2, 3]
+    assert [first["release"], second["release"], third["release"]] == [2, 3, 4]
     assert up.deploy("abba", EXITS)["status"] == "failed"
     failed = newest(up, "abba")
     fourth = up.begin("abba", EXITS)

@@ -382,8 +382,9 @@ def check_request(request: DeployRequest) -> None:
 
 
 def _same(row: DeploymentRow, request: DeployRequest) -> bool:
-    return (row.digest, row.command, dict(row.env), row.health, row.strategy) == (
+    return (row.digest, row.runtime, row.command, dict(row.env), row.health, row.strategy) == (
         request.digest,
+        request.runtime or row.runtime,
         request.command,
         dict(request.env),
         request.health,
