@@ -65,6 +65,7 @@ class TestEnvironment:
     def test_the_spec_s_variables_win(self) -> None:
         found = sandbox.environment(spec(env={"NODE_ENV": "test", "PATH": "/mine"}), ("/usr/bin",))
         assert (found["NODE_ENV"], found["PATH"], found["HOME"], found["PORT"]) == ("test", "/mine", "/tmp", "3000")
+        assert found["NPM_CONFIG_UPDATE_NOTIFIER"] == "false", "npm's news are no part of an app's log"
 
     @pytest.mark.parametrize("name", ["", "1A", "A B", "A=B", "PPID", "A\n"])
     def test_names_a_shell_cannot_pass_on(self, name: str) -> None:

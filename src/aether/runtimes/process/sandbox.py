@@ -117,6 +117,8 @@ def environment(
     python = Path(spec.root) / ".aether" / "python"
     values = {"PATH": ":".join((f"{app_dir}/.aether/python/bin", *path)) if python.is_dir() else ":".join(path)}
     values |= {"HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "NODE_ENV": "production"}
+    # npm would ask its registry for news of itself at every start and print them among the app's lines
+    values["NPM_CONFIG_UPDATE_NOTIFIER"] = "false"
     if python.is_dir():
         values["PYTHONPATH"] = f"{app_dir}/.aether/python"
     values["PORT"] = str(spec.port if port is None else port)
