@@ -454,6 +454,27 @@ def test_following_ends_when_the_app_goes_or_patience_does(server: Server) -> No
         list(follow_log(transport, "other", patience_s=0.2, pause=lambda _: time.sleep(0.01)))
 
 
+def test_an_outage_is_said_once(server: Server) -> None:
+    def answer(it: Exchange) -> None:
+        if 1 < it.number < 6:
+            it.reply({"code": "service_unavailable", "message": "restarting"}, 503)
+        else:
+            it.begin_chunks("application/x-ndjson")
+            it.chunk(b"\n" if it.number == 1 else json.dumps(log_line(1)).encode() + b"\n")
+            it.cut()
+
+    server.routes["/apps/shop/logs"] = answer
+    states: list[str] = []
+    with Transport(server.url) as transport:
+        for batch in follow_log(transport, "shop", on_state=states.append, pause=lambda _: None):
+            if batch:
+                break
+    assert [state for state in states if "restarting" in state] == [
+        "the log stream ended (restarting); connecting again"
+    ]
+    assert states[-1] == "connected again"
+
+
 def test_silence_without_keep_alive_is_a_broken_connection(server: Server) -> None:
     stop = threading.Event()
 
@@ -714,6 +735,26 @@ def test_a_failed_rollout_shows_the_apps_lines_and_what_serves(server: Server, e
     said = json.loads(done.stdout)["error"]
     assert said == {"code": "rollout_failed", "message": "shop: it exited with code 7; release v3 keeps serving"}
     assert "  | one\n  | \\x1b[31mtwo\n" in done.stderr
+
+
+def test_a_cancelled_rollout_says_why(server: Server, environ: dict[str, str]) -> None:
+    def overtaken(it: Exchange) -> None:
+        it.begin_chunks("text/event-stream")
+        why = {"phase": "cancelled", "message": "deployment d5 took its place", "id": 1, "deployment_id": "d4"}
+        it.chunk(b"id: 1\nevent: phase\ndata: " + json.dumps(why).encode() + b"\n\n")
+        it.chunk(b"event: end\ndata: " + json.dumps({**DEPLOYMENT, "status": "cancelled"}).encode() + b"\n\n")
+
+    rollback_routes(server, overtaken)
+    done = aether(environ, "rollback", "--app", "shop")
+    assert done.returncode == 50, done
+    assert "shop: the rollout was cancelled: deployment d5 took its place; release v3" in done.stderr
+
+
+def test_an_app_that_wrote_nothing_says_so(server: Server, environ: dict[str, str]) -> None:
+    server.routes["/apps/shop/logs"] = lambda it: it.reply(b"")
+    done = aether(environ, "logs", "--app", "shop")
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert "shop has written nothing yet" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -99,6 +99,12 @@ def test_where_server_and_token_come_from(environ: dict[str, str]) -> None:
     assert (found.api_base, found.token) == ("https://two.example", "env")
 
 
+@pytest.mark.parametrize("token", ["one\ntwo", "tök", "a b"])
+def test_a_token_that_no_header_can_carry_is_a_configuration_error(environ: dict[str, str], token: str) -> None:
+    with pytest.raises(ConfigError, match="AETHER_TOKEN"):
+        endpoint({**environ, "AETHER_TOKEN": token})
+
+
 def test_a_broken_config_names_its_file(environ: dict[str, str]) -> None:
     config = Path(environ["XDG_CONFIG_HOME"]) / "aether" / "config.toml"
     config.parent.mkdir(parents=True)

@@ -169,6 +169,8 @@ def endpoint(environ: Mapping[str, str] = os.environ) -> Endpoint:
     session = read_session(environ)
     base, base_from = api_base(environ, session)
     if token := environ.get("AETHER_TOKEN", "").strip():
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise ConfigError("AETHER_TOKEN holds characters that no token has")
         return Endpoint(base, token, base_from, "AETHER_TOKEN")
     if session is not None and normal_base(session.api_base) == base:
         return Endpoint(base, session.token, base_from, "session")

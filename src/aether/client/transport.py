@@ -372,10 +372,8 @@ class Transport:
             said = http.client.responses.get(reply.status, "no reason given")
             error = from_wire(reply.status, code, f"{reply.origin} answered {reply.status} ({said}) to {method}")
         if error.code == "unauthorized":
-            hint = (
-                "run 'aether login'" if not self.token else "the token is not valid there: run 'aether login' again"
-            )
-            error.message = f"{error.message or 'not logged in'} ({reply.origin}): {hint}"
+            hint = "" if "aether login" in error.message else ": run 'aether login'"
+            error.message = f"{error.message or 'not logged in'} ({reply.origin}){hint}"
             error.args = (error.message,)
         return error
 

@@ -73,7 +73,7 @@ class TokenService:
             return found
         if not self._required:
             return _ANONYMOUS
-        raise Unauthorized("the token is unknown, expired or revoked; get a new one with aether login")
+        raise Unauthorized("the token is unknown, expired or revoked; get a new one with 'aether login'")
 
     async def login(self, token: str) -> Session:
         """Exchange a valid token for a session token with the same name and role, valid 30 days and, when
