@@ -1,6 +1,7 @@
 """Reading what the developer wrote: aether.toml, package.json, pyproject.toml, Procfile. Errors name the line."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from aether.model.errors import ConfigError, LocalIOError
 
 Table = Mapping[str, Any]
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env"})
 
 
@@ -104,6 +106,11 @@ def read_aether_toml(root: Path) -> AetherToml:
     for key, value in table_of(table, "env", name).items():
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ConfigError(f"{name} [env]: '{key}' must be a string")
+        if not _VARIABLE.fullmatch(key):
+            raise ConfigError(
+                f"{name} [env]: '{key}' cannot name a variable: "
+                "use letters, digits and '_', not starting with a digit"
+            )
         env[key] = str(value)
     unknown = sorted(
         {key for key in table if key not in _KNOWN} | {f"health.{key}" for key in health if key != "path"}

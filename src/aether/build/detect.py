@@ -1,6 +1,7 @@
 """What a folder is: its workload kind, app name, runtime and start command. Runs only `node --version`."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from aether.model.errors import BadRequest, ConfigError
 from aether.model.names import app_name_from, check_app_name
 
 NODE_LINES = (18, 20, 22, 24)
+_PYTHON_RUNTIME = re.compile(r"python3\.\d{1,2}")
 _PYTHON_MAINS = ("main.py", "app.py", "server.py", "wsgi.py", "asgi.py")
 _NODE_MAINS = ("server.js", "server.mjs", "server.cjs")
 _STATIC_SERVER = "python3 -m http.server $PORT --directory ."
@@ -70,9 +72,12 @@ def _kind(
     root: Path, runtime: str | None, package: Table | None, procfile: dict[str, str], config: AetherToml
 ) -> str:
     if runtime is not None:
-        for prefix, kind in (("node", "node"), ("python", "python"), ("static", "static"), ("binary", "binary")):
-            if runtime.startswith(prefix):
-                return kind
+        if runtime in ("static", "binary"):
+            return runtime
+        if runtime in [f"node{line}" for line in NODE_LINES]:
+            return "node"
+        if _PYTHON_RUNTIME.fullmatch(runtime):
+            return "python"
         raise ConfigError(
             f"runtime '{runtime}' is not known: use node20, node22, node24, python3.x, static or binary"
         )

@@ -12,6 +12,8 @@ from typing import cast
 from aether.model.errors import ConfigError
 
 _VERSION = re.compile(r"\d+\.\d+(?:\.\d+)?[0-9A-Za-z.+-]*")
+_ERROR = re.compile(r"\s*(\w*Error\b|error\b|fatal\b)", re.IGNORECASE)
+"""How Node.js and most tools begin the line that tells what is wrong; a stack trace comes after it."""
 _PATIENCE_S = 60
 
 
@@ -86,7 +88,9 @@ def _ask(name: str, command: tuple[str, ...], cwd: Path | None) -> str:
     found = _VERSION.search(done.stdout)
     if done.returncode != 0 or found is None:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ConfigError(f"{name} does not work: '{' '.join(command)} --version' said: {said[-1] if said else ''}")
+        telling = next((line.strip() for line in said if _ERROR.match(line)), said[-1] if said else "nothing")
+        remedy = f"; without corepack: npm install -g {name}" if Path(command[0]).name == "corepack" else ""
+        raise ConfigError(f"{name} does not work: '{' '.join(command)} --version' said: {telling}{remedy}")
     return found.group()
 
 
