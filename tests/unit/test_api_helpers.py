@@ -12,8 +12,11 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from litestar import Request
+from litestar.exceptions import InternalServerException
 
 from aether.api.auth import token_of
+from aether.api.errors import on_http_exception
 from aether.api.paging import decode_cursor, encode_cursor, page
 from aether.identity.roles import Role
 from aether.model.errors import BadRequest
@@ -80,6 +83,13 @@ def test_trace_ids() -> None:
 @given(st.integers(0, 4_000_000_000_000_000))
 def test_times_round_trip(moment: int) -> None:
     assert from_iso(to_iso(moment)) == moment
+
+
+def test_a_sender_that_goes_away_is_no_failure_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    gone = InternalServerException("client disconnected prematurely")
+    answer = on_http_exception(Request({"type": "http"}), gone)  # type: ignore[typeddict-item]
+    assert (answer.status_code, answer.content.code) == (400, "bad_request")
+    assert not caplog.records
 
 
 def test_times_are_fixed_width() -> None:

@@ -27,6 +27,8 @@ _CODES = {
     503: "service_unavailable",
 }
 RETRY_AFTER_SECS = "1"
+_DISCONNECTED = "client disconnected prematurely"
+"""How Litestar's request body says that its sender went away; it has no exception of its own for it."""
 
 
 class Envelope(msgspec.Struct, omit_defaults=True):
@@ -73,6 +75,9 @@ def on_http_exception(_request: Request[Any, Any, Any], error: HTTPException) ->
         message = "there is nothing at this path"
     elif status == 405:
         message = "this path does not take that method"
+    elif status >= 500 and message == _DISCONNECTED:
+        # nobody is left to answer, and nothing went wrong here
+        status, message = 400, "the request ended before its body did"
     elif status >= 500:
         _log.error("request failed", error=message, exc_info=error)
         message = "the server failed to answer; its log names the trace id"
