@@ -29,14 +29,14 @@ def configure(parser: Parser) -> None:
     _shared(parser)
     parser.add_argument("--show", action="store_true", help="show the values")
     get = parser.add_action("get", "print the value of one variable")
-    get.add_argument("name", metavar="NAME")
+    get.add_argument("name", metavar="NAME", help="the variable")
     _shared(get)
     for verb, metavar, line in (
         ("set", "NAME=VALUE", "set variables; NAME alone reads its value from the terminal or standard input"),
         ("unset", "NAME", "remove variables"),
     ):
         change = parser.add_action(verb, line)
-        change.add_argument("names", nargs="+", metavar=metavar)
+        change.add_argument("names", nargs="+", metavar=metavar, help="one or more")
         change.add_argument("--detach", action="store_true", help="do not wait for the rollout")
         add_timeout(change)
         _shared(change)

@@ -57,9 +57,15 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--compression-level", type=level, default=2, metavar="N", help="0 to 9 (2)")
     parser.add_argument("--no-cache", action="store_true", help="install dependencies anew")
     parser.add_argument("--ignore-scripts", action="store_true", help="run no install scripts of dependencies")
-    parser.add_argument("--no-sbom", action="store_true", help="write no bill of materials")
-    parser.add_argument("--legacy-sbom", action="store_true", help="write the bill of materials as aether-sbom-v1")
-    parser.add_argument("--dev-hot", action="store_true", help="swap code in running pods (Kubernetes only)")
+    parser.add_argument(
+        "--no-sbom", action="store_true", help="write no bill of materials (this version writes none yet)"
+    )
+    parser.add_argument(
+        "--legacy-sbom", action="store_true", help="bill of materials as aether-sbom-v1 (not offered by this version)"
+    )
+    parser.add_argument(
+        "--dev-hot", action="store_true", help="swap code in running pods (not offered by this version)"
+    )
     add_format(parser)
 
 
@@ -101,6 +107,11 @@ def _check(arguments: Arguments) -> None:
     if arguments.strategy in ("canary", "bluegreen") or arguments.dev_hot:
         wanted = "--dev-hot" if arguments.dev_hot else f"--strategy {arguments.strategy}"
         raise UsageError(f"{wanted} is not offered by this version; use --strategy {' or '.join(STRATEGIES)}")
+    if arguments.legacy_sbom:
+        raise UsageError("--legacy-sbom is not offered by this version, which writes no bill of materials yet")
+    for flag, value in (("--app", arguments.app), ("--start", arguments.start), ("--runtime", arguments.runtime)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{flag} is empty")
     if arguments.strategy not in STRATEGIES:
         raise UsageError(f"--strategy is one of {', '.join(STRATEGIES)}, not '{arguments.strategy}'")
     if not os.path.isdir(arguments.folder):

@@ -173,4 +173,4 @@ def _unknown(verb: str, known: "list[str]") -> None:
     import difflib
 
     near = difflib.get_close_matches(verb, known, n=1, cutoff=0.5)
-    _usage(f"there is no command '{verb}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    _usage(f"there is no command '{verb}'" + (f" (did you mean '{near[0]}'?)" if near else ""))

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from aether.topology import Ready
 
 
+DATA_DIR_HELP = "where everything is kept (default: AETHER_DATA_DIR, else ${XDG_DATA_HOME:-~/.local/share}/aether)"
+
+
 def configure(parser: Parser) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=port, default=8080, metavar="PORT", help="port; 0 takes a free one (8080)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where everything is kept (default: AETHER_DATA_DIR)")
+    parser.add_argument("--data-dir", metavar="DIR", help=DATA_DIR_HELP)
     parser.add_argument(
         "--insecure-http", action="store_true", help="listen without TLS where other machines reach it"
     )
