@@ -50,6 +50,7 @@ needed_packages() {
   command -v npm >/dev/null || printf 'npm '
   command -v git >/dev/null || printf 'git '
   command -v curl >/dev/null || printf 'curl '
+  command -v openssl >/dev/null || printf 'openssl '
   command -v setpriv >/dev/null || printf 'util-linux '
   if [ "$(uname -s)" = Linux ]; then
     command -v bwrap >/dev/null || printf 'bubblewrap '
@@ -89,6 +90,19 @@ system_packages() {
   fi
 }
 
+# The examples want Node.js 20 or newer; where the system has an older one, npm brings one for this checkout's use.
+node_runtime() {
+  local major dir=$cache/node
+  major=$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null || echo 0)
+  if [ "$major" -lt 20 ]; then
+    if ! "$dir/node_modules/node/bin/node" --version >/dev/null 2>&1; then
+      say "Node.js $major is too old for the examples; getting 22 from npm"
+      npm install --silent --no-audit --no-fund --prefix "$dir" node@22 || die "npm could not install Node.js 22"
+    fi
+    export PATH="$dir/node_modules/node/bin:$PATH"
+  fi
+}
+
 environment() {
   local python stamp
   python=$(python_bin) || die "Python 3.11 or newer with venv is needed; set AETHER_PYTHON to it"
@@ -115,6 +129,7 @@ environment() {
 
 bootstrap() {
   system_packages "$@"
+  node_runtime
   environment
 }
 
