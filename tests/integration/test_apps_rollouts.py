@@ -345,7 +345,8 @@ def test_events_resume_where_they_were_left(up: Server) -> None:
 def test_deleting_an_app_leaves_nothing(up: Server) -> None:
     before = up.instances()
     up.deploy("gone", hello("x"))
-    assert len(up.instances()) == len(before) + 1
+    # others that were on their way out may have gone meanwhile
+    assert len(set(up.instances()) - set(before)) == 1
     assert up.api("DELETE", "/apps/gone")[0] == 204
     assert up.get("gone")[0] == 404
     assert up.api("GET", "/apps/gone")[0] == 404
