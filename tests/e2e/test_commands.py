@@ -23,6 +23,16 @@ def test_the_first_start_makes_a_credential_of_its_own(own: Product) -> None:
     assert own.token() not in session.read_text()
 
 
+def test_login_finds_a_server_of_this_machine_on_another_port(own: Product) -> None:
+    own.run("logout")
+    without = {k: v for k, v in own.env.items() if k != "AETHER_API_BASE"}
+    done = subprocess.run([AETHER, "login"], env=without, cwd=own.home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"http://127.0.0.1:{own.port}" in done.stdout
+    done = subprocess.run([AETHER, "list"], env=without, cwd=own.home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_config_makes_a_release_and_rollback_restores_it(up: Product, tmp_path: Path) -> None:
     code = "require('http').createServer((q, r) => r.end(process.env.COLOUR || 'none')).listen(process.env.PORT);"
     up.deploy(node_app(tmp_path / "colours", code))

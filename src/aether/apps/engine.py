@@ -33,6 +33,9 @@ from aether.stores.database.tables import applications, artifacts, deployments, 
 
 DEFAULT_PORT = 8080
 """PORT of an instance whose health check names none; each has a network view of its own."""
+RESTART_TIMEOUT_SECS = 60.0
+"""Least time that an instance of the active release has to become healthy: when a server comes back, all its apps
+start at once, and a short rollout deadline must not keep one of them down."""
 _CLEAN_UP_AT_ONCE = 8
 _log = structlog.stdlib.get_logger("aether.apps")
 
@@ -317,7 +320,7 @@ class Engine:
             limits=self._options.limits,
         )
         check = HealthCheck(f"{row.app}.{self._options.base_domain}", port, row.health.path)
-        return Launch(row.app_id, spec, check, row.timeout_secs)
+        return Launch(row.app_id, spec, check, max(row.timeout_secs, RESTART_TIMEOUT_SECS))
 
     async def _log_tail(self, instance_id: str, app: str, lines: int) -> list[str]:
         found: list[str] = []

@@ -71,7 +71,28 @@ def _base(arguments: Arguments, context: Context) -> str:
     except ConfigError:
         # a damaged session is what a new login repairs
         session = None
-    return api_base(context.environ, session)[0]
+    base, found_in = api_base(context.environ, session)
+    if arguments.data_dir or found_in == "default":
+        return _announced(_data_dir(arguments)) or base
+    return base
+
+
+def _data_dir(arguments: Arguments) -> str:
+    from aether.settings import default_data_dir
+
+    return arguments.data_dir or os.environ.get("AETHER_DATA_DIR") or str(default_data_dir())
+
+
+def _announced(folder: str) -> str | None:
+    """Where the server of that data directory says it listens, if it runs on this machine's loopback."""
+    from aether.client.dial import Origin
+
+    try:
+        with open(os.path.join(folder, "up.json"), "rb") as file:
+            base = normal_base(str(json.loads(file.read())["api"]))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return None
+    return base if Origin(base).is_loopback else None
 
 
 def _token(arguments: Arguments, context: Context, origin: Origin) -> str:
@@ -110,9 +131,7 @@ def _read(path: str) -> str:
 
 def _local_token(arguments: Arguments, origin: Origin) -> str | None:
     """The credential that `aether up` left for its own user, if `origin` is the server of that data directory."""
-    from aether.settings import default_data_dir
-
-    folder = arguments.data_dir or os.environ.get("AETHER_DATA_DIR") or str(default_data_dir())
+    folder = _data_dir(arguments)
     try:
         with open(os.path.join(folder, "up.json"), "rb") as file:
             listens = urlsplit(str(json.loads(file.read())["api"]))

@@ -99,7 +99,7 @@ async def _serve(settings: Settings, host: str, listener: socket.socket, on_read
         if not stop.is_set():
             on_ready(ready)
         await stop.wait()
-        _log.info("stopping")
+        _log.info("stopping", hint="requests under way end first; a second signal ends the server at once")
     return 0
 
 
