@@ -1,4 +1,4 @@
-"""What the edge's tests need: instances on given ports, raw upstreams, and raw clients with time limits."""
+"""What the edge's tests need: instances on given ports, raw upstreams, raw clients with time limits, and wires."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from aether.edge.options import EdgeOptions, RequestRecord
 from aether.edge.server import Edge
@@ -137,6 +138,49 @@ def echo_handler(name: bytes = b"") -> Handler:
             await writer.drain()
 
     return handle
+
+
+class Wire:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.closed = False
+        self.paused = False
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def write_eof(self) -> None:
+        self.closed = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        assert high > 0
+
+    def get_extra_info(self, name: str) -> Any:
+        return ("192.0.2.7", 1) if name == "peername" else None
+
+
+def quiet(size: int, flags: int) -> bytes:
+    """What `socket.recv` says of a connection without news."""
+    raise BlockingIOError
 
 
 class Client:

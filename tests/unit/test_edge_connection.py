@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,52 +13,10 @@ from aether.edge.options import EdgeOptions, RequestRecord
 from aether.edge.server import Edge
 from aether.edge.table import RouteTable
 from aether.edge.upstream import UpstreamConnection
-from support.edge import PortInstance
+from support.edge import PortInstance, Wire, quiet
 
 TRACE = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-class Wire:
-    """A transport that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.sent = b""
-        self.closed = False
-        self.paused = False
-
-    def write(self, data: bytes) -> None:
-        self.sent += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
-
-    def write_eof(self) -> None:
-        self.closed = True
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def set_write_buffer_limits(self, high: int) -> None:
-        assert high > 0
-
-    def get_extra_info(self, name: str) -> Any:
-        return ("192.0.2.7", 1) if name == "peername" else None
-
-
-def _quiet(size: int, flags: int) -> bytes:
-    raise BlockingIOError
 
 
 class Setup:
@@ -72,7 +28,7 @@ class Setup:
         backend = table.add("a", PortInstance(1))
         table.route("a", [backend])
         edge = Edge(table, options, self.records.append)
-        self.upstream = UpstreamConnection(backend, _quiet)
+        self.upstream = UpstreamConnection(backend, quiet)
         self.upwire = Wire()
         self.upstream.connection_made(self.upwire)  # pyright: ignore
         self.upstream.idle_until = float("inf")

@@ -118,6 +118,20 @@ def test_choice_of_two_is_fair_when_equal() -> None:
     assert min(found[one], found[two]) > 850
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_all_ordered_pairs_take_their_turn(count: int) -> None:
+    table = RouteTable()
+    backends = tuple(table.add("a", instance(str(number))) for number in range(count))
+    route = Route("a", backends)
+    first = Counter(route.pick() for _ in range(count * (count - 1)))
+    assert set(first.values()) == {count - 1}
+    for busy in backends:
+        busy.in_flight = 9
+    backends[0].in_flight = 0
+    among = Counter(route.pick() for _ in range(count * (count - 1)))
+    assert among[backends[0]] == 2 * (count - 1)
+
+
 def test_trace_parents_are_well_formed_and_new() -> None:
     traces = TraceParents()
     made = {traces.new() for _ in range(2000)}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, cast
 from aether.edge.body import ChunkedDecoder, ChunkError
 from aether.edge.errors import error_response
 from aether.edge.exchange import Exchange
-from aether.edge.head import HEAD_END, HeadError, has_stray_control, parse_request
-from aether.edge.headers import forwarded_prefix, trace_id
+from aether.edge.head import HEAD_END, NO_REQUEST, HeadError, RequestHead, has_stray_control, parse_request
+from aether.edge.headers import forwarded_prefix, trace_id, upstream_start
 
 if TYPE_CHECKING:
     from aether.edge.server import Edge
@@ -24,6 +24,8 @@ _HEAD, _LENGTH, _CHUNKED, _WAIT, _LINGER, _CLOSED = range(6)
 _BODY: Final = (_LENGTH, _CHUNKED)
 _MAX_LINGER_BYTES: Final = 8 * 1024 * 1024
 _HIGH_WATER: Final = 64 * 1024
+_MAX_REMEMBERED: Final = 4096
+"""Bytes of a head that a connection keeps."""
 
 
 class ClientConnection(asyncio.Protocol):
@@ -35,6 +37,8 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_chunks",
         "_head_since",
+        "_last",
+        "_last_head",
         "_left",
         "_lingered",
         "_pending",
@@ -62,6 +66,8 @@ class ClientConnection(asyncio.Protocol):
         self._head_since = 0.0
         self._reading = True
         self._seen = monotonic()
+        self._last = b""
+        self._last_head = NO_REQUEST
         self._lingered = 0
         self._stuck_bytes = 0
 
@@ -97,9 +103,12 @@ class ClientConnection(asyncio.Protocol):
             self._next_request()
 
     def data_received(self, data: bytes) -> None:
-        self._seen = monotonic()
+        self._seen = now = monotonic()
         state = self._state
-        if state == _HEAD:
+        if data == self._last and state == _HEAD and not self._pending:
+            self._state = _WAIT
+            self.exchange.begin(self._last_head, b"", True, now)
+        elif state == _HEAD:
             self._take_head(self._pending + data if self._pending else data)
         elif state in _BODY:
             self.exchange.seen = self._seen
@@ -129,7 +138,12 @@ class ClientConnection(asyncio.Protocol):
         except HeadError as error:
             self._refuse(400, error.message)
             return
-        rest = data[end + 4 :] if len(data) > end + 4 else b""
+        if len(data) > end + 4:
+            rest = data[end + 4 :]
+        else:
+            rest = b""
+            if head.plain and end <= _MAX_REMEMBERED:
+                self._remember(data, head)
         self._pending = b""
         exchange = self.exchange
         if head.chunked:
@@ -158,6 +172,16 @@ class ClientConnection(asyncio.Protocol):
         exchange.begin(head, payload, complete, self._seen)
         if (rest or not complete) and exchange.active:
             self.update_reading()
+
+    def _remember(self, data: bytes, head: RequestHead) -> None:
+        """Keep a plain request: clients often send the same again, and then it need not be parsed.
+
+        What `begin` gets of it is all there is to know, the same each time; nothing of it is shared with others.
+        """
+        if not head.start:
+            head.start = upstream_start(head, self.forwarded)
+        self._last = data
+        self._last_head = head
 
     def _partial_head(self, data: bytes, limit: int) -> None:
         if has_stray_control(data[: limit + 1]):

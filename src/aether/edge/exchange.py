@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Final
 
 from aether.edge.body import LAST_CHUNK, encode_chunk
 from aether.edge.errors import error_response
-from aether.edge.head import NO_BODY, RequestHead, ResponseHead
+from aether.edge.head import NO_BODY, NO_REQUEST, RequestHead, ResponseHead
 from aether.edge.headers import (
     client_response,
     interim_response,
     switching_response,
     trace_id,
+    traced_request,
     upstream_request,
+    upstream_start,
 )
-from aether.edge.options import RequestRecord
+from aether.edge.options import RequestRecord, new_record
 from aether.edge.pool import EdgeBackend
 from aether.edge.table import Route
 from aether.edge.tunnel import Tunnel
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 _IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))
 _MAX_REPLAYS: Final = 2
-_NO_HEAD: Final = RequestHead()
 
 
 class Exchange:
@@ -41,31 +42,31 @@ class Exchange:
         "_answer_length",
         "_backend",
         "_bytes_in",
-        "_bytes_out",
         "_encode",
-        "_head",
         "_held",
         "_keep_alive",
         "_replay",
         "_replays",
-        "_request_id",
         "_route",
-        "_sent_at",
         "_started_at",
         "_task",
-        "_trace",
+        "_trace_id",
         "_tunnel",
-        "_upstream",
-        "_upstream_secs",
         "active",
         "answering",
+        "bytes_out",
         "client",
+        "head",
         "is_head",
         "pool_secs",
         "pool_size",
+        "request_id",
         "seen",
+        "sent_at",
         "status",
         "upload_done",
+        "upstream",
+        "upstream_secs",
     )
 
     def __init__(self, client: ClientConnection) -> None:
@@ -80,10 +81,10 @@ class Exchange:
         """Loop time of the last sign of life of either side."""
         self.pool_size = client.edge.options.pool_size
         self.pool_secs = client.edge.options.pool_idle_secs
-        self._head = _NO_HEAD
+        self.head = NO_REQUEST
         self._route: Route | None = None
         self._backend: EdgeBackend | None = None
-        self._upstream: UpstreamConnection | None = None
+        self.upstream: UpstreamConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._tunnel: Tunnel | None = None
         self._replay: bytes | None = None
@@ -91,9 +92,9 @@ class Exchange:
         self._held: list[bytes] = []
         self._encode = False
         self._keep_alive = True
-        self._bytes_in = self._bytes_out = 0
-        self._started_at = self._sent_at = self._upstream_secs = 0.0
-        self._request_id = self._trace = b""
+        self._bytes_in = self.bytes_out = 0
+        self._started_at = self.sent_at = self.upstream_secs = 0.0
+        self.request_id = self._trace_id = b""
         self._answer_length = NO_BODY
 
     # ---- the request
@@ -102,7 +103,7 @@ class Exchange:
         """Take a request; `body` is the payload that came with the head, `complete` when that was all of it."""
         client = self.client
         edge = client.edge
-        self._head = head
+        self.head = head
         self.active = True
         self.answering = False
         self.upload_done = complete
@@ -110,16 +111,25 @@ class Exchange:
         self._started_at = self.seen = now
         self._bytes_in = len(body)
         self._replays = 0
-        self._trace = trace = head.traceparent or edge.traces.new()
-        self._request_id = request_id = head.request_id or trace[3:35]
-        edge.counters.requests += 1
+        counters = edge.counters
+        counters.requests += 1
+        if head.plain:
+            traces = edge.traces
+            self.request_id = self._trace_id = request_id = traces.new_id()
+            data = traced_request(head.start or upstream_start(head, client.forwarded), request_id, traces.tail)
+        else:
+            trace = head.traceparent or edge.traces.new()
+            self._trace_id = trace_id(trace)
+            self.request_id = request_id = head.request_id or self._trace_id
+            data = upstream_request(upstream_start(head, client.forwarded), request_id, trace)
         table = edge.table
         self._route = route = table.found.get(head.host) or table.find(head.host)
         if route is None:
             self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
             return
-        data = upstream_request(head, client.forwarded, request_id, trace)
-        if complete and not body and not head.chunked:
+        if head.plain:
+            self._replay = data
+        elif complete and not body and not head.chunked:
             self._replay = data if head.method in _IDEMPOTENT else None
         else:
             limit = edge.options.max_body_bytes
@@ -138,7 +148,7 @@ class Exchange:
             self.fail(413, f"the request body is larger than the limit of {limit} bytes")
             return
         data = self._coded(payload, complete)
-        upstream = self._upstream
+        upstream = self.upstream
         if upstream is None:
             if self._task is not None:
                 self._held.append(data)
@@ -149,13 +159,13 @@ class Exchange:
     @property
     def upload_blocked(self) -> bool:
         """The client should not be read further: nobody takes the bytes yet."""
-        upstream = self._upstream
+        upstream = self.upstream
         if upstream is None:
             return self._task is not None and not self.upload_done
         return upstream.write_paused
 
     def _coded(self, payload: bytes, complete: bool) -> bytes:
-        if not self._head.chunked:
+        if not self.head.chunked:
             return payload
         data = encode_chunk(payload) if payload else b""
         return data + LAST_CHUNK if complete else data
@@ -177,8 +187,8 @@ class Exchange:
             self._held = [data]
             self._task = self.client.edge.own_task(self._dial(backend), self)
         else:
-            self._upstream = upstream
-            self._sent_at = now
+            self.upstream = upstream
+            self.sent_at = now
             upstream.begin(self, data)
 
     async def _dial(self, backend: EdgeBackend) -> None:
@@ -206,8 +216,8 @@ class Exchange:
         self._task = None
         self.seen = monotonic()
         held, self._held = self._held, []
-        self._upstream = upstream
-        self._sent_at = self.seen
+        self.upstream = upstream
+        self.sent_at = self.seen
         upstream.begin(self, b"".join(held))
         self.client.update_reading()
 
@@ -230,18 +240,18 @@ class Exchange:
     def interim(self, head: ResponseHead) -> None:
         """A 1xx head other than 101."""
         self.seen = monotonic()
-        if self._head.minor and (head.status != 100 or self._head.expect_continue):
+        if self.head.minor and (head.status != 100 or self.head.expect_continue):
             self.client.transport.write(interim_response(head))
 
     def answer(self, head: ResponseHead, body: bytes, ended: bool, now: float) -> None:
         """The final head and the payload that came with it."""
         client = self.client
-        request = self._head
+        request = self.head
         self.seen = now
-        self._upstream_secs = now - self._sent_at
+        self.upstream_secs = now - self.sent_at
         self.answering = True
         self.status = status = head.status
-        self._bytes_out = len(body)
+        self.bytes_out = len(body)
         self._answer_length = length = head.content_length
         self._encode = False
         keep_alive = request.keep_alive
@@ -266,18 +276,18 @@ class Exchange:
         self._keep_alive = keep_alive
         if ended:
             # the connection is back in the pool: a full send buffer must not stop its reading any more
-            self._upstream = None
-        client.transport.write(client_response(head, self._request_id, framing) + body)
+            self.upstream = None
+        client.transport.write(client_response(head, self.request_id, framing) + body)
         if ended:
-            self._settle(now)
+            self.settle(now)
             client.exchange_done(keep_alive and self.upload_done)
-        elif client.write_paused and self._upstream is not None:
-            self._upstream.pause_reading()
+        elif client.write_paused and self.upstream is not None:
+            self.upstream.pause_reading()
 
     def answer_body(self, payload: bytes, ended: bool) -> None:
         client = self.client
         self.seen = now = monotonic()
-        self._bytes_out += len(payload)
+        self.bytes_out += len(payload)
         if self._encode:
             data = encode_chunk(payload) if payload else b""
             if ended:
@@ -285,7 +295,7 @@ class Exchange:
         else:
             data = payload
         if ended:
-            self._upstream = None
+            self.upstream = None
         if data:
             client.transport.write(data)
         if ended:
@@ -293,34 +303,34 @@ class Exchange:
 
     def client_writable(self, writable: bool) -> None:
         """The client's send buffer has filled or emptied."""
-        if self._upstream is not None and self.active:
+        if self.upstream is not None and self.active:
             if writable:
-                self._upstream.resume_reading()
+                self.upstream.resume_reading()
             else:
-                self._upstream.pause_reading()
+                self.upstream.pause_reading()
 
     def switch(self, upstream: UpstreamConnection, head: ResponseHead, rest: bytes) -> None:
         """101: from now on bytes both ways."""
         client = self.client
-        if not self._head.upgrade or not head.upgrade:
+        if not self.head.upgrade or not head.upgrade:
             upstream.abort()
             self.fail(502, "the app switched protocols without being asked")
             return
         self.status = 101
         self.answering = True
-        self._upstream_secs = monotonic() - self._sent_at
+        self.upstream_secs = monotonic() - self.sent_at
         client.edge.counters.tunnels += 1
         upstream.release_to_tunnel()
-        self._upstream = None
-        client.transport.write(switching_response(head, self._request_id) + rest)
+        self.upstream = None
+        client.transport.write(switching_response(head, self.request_id) + rest)
         if early := client.take_pending():
             upstream.transport.write(early)
         self._tunnel = Tunnel(client.transport, upstream.transport, self._tunnel_ended)
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
-        self._bytes_in, self._bytes_out = tunnel.bytes_in, tunnel.bytes_out
+        self._bytes_in, self.bytes_out = tunnel.bytes_in, tunnel.bytes_out
         self._tunnel = None
-        self._settle(monotonic())
+        self.settle(monotonic())
         self.client.forget()
 
     # ---- ends
@@ -332,18 +342,18 @@ class Exchange:
         elif upstream.reused and not upstream.heard and self._replay is not None and self._replays < _MAX_REPLAYS:
             self._replays += 1
             self.client.edge.counters.retries += 1
-            self._upstream = None
+            self.upstream = None
             self._leave_backend()
             if self._route is not None:
                 self._attempt(self._route, self._replay, monotonic())
         else:
-            self._upstream = None
+            self.upstream = None
             self.fail(502, "the app closed the connection without an answer")
 
     def upstream_broke(self, upstream: UpstreamConnection, message: str) -> None:
         """The answer cannot be understood; the connection is already gone."""
         del upstream
-        self._upstream = None
+        self.upstream = None
         if self.answering:
             self._cut_off()
         else:
@@ -357,7 +367,7 @@ class Exchange:
         self._drop_upstream()
         client = self.client
         self._keep_alive = (
-            self._head.keep_alive and self.upload_done and not client.edge.closing and not self._head.upgrade
+            self.head.keep_alive and self.upload_done and not client.edge.closing and not self.head.upgrade
         )
         self.status = status
         errors = client.edge.counters.errors
@@ -366,11 +376,11 @@ class Exchange:
             error_response(
                 status,
                 message,
-                self._request_id,
-                trace_id(self._trace),
+                self.request_id,
+                self._trace_id,
                 close=not self._keep_alive,
                 bodyless=self.is_head,
-                old=not self._head.minor,
+                old=not self.head.minor,
             )
         )
         self._done(monotonic())
@@ -381,7 +391,7 @@ class Exchange:
             self._drop_upstream()
             if not self.answering:
                 self.status = 499
-            self._settle(monotonic(), aborted=True)
+            self.settle(monotonic(), aborted=True)
 
     def abort(self) -> None:
         """Stop at once, tunnels too; the client connection is dropped by the caller."""
@@ -418,16 +428,16 @@ class Exchange:
         self._drop_upstream()
         # an answer that ends with the connection can only be seen as cut when the connection is reset
         reset = not self._encode and self._answer_length == NO_BODY
-        self._settle(monotonic(), aborted=True)
+        self.settle(monotonic(), aborted=True)
         self.client.cut_off(reset=reset)
 
     def _drop_upstream(self) -> None:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        if self._upstream is not None:
-            self._upstream.abort()
-            self._upstream = None
+        if self.upstream is not None:
+            self.upstream.abort()
+            self.upstream = None
 
     def _leave_backend(self) -> None:
         if self._backend is not None:
@@ -437,13 +447,13 @@ class Exchange:
     def _done(self, now: float) -> None:
         """The answer is complete."""
         keep_alive = self._keep_alive and self.upload_done
-        self._settle(now)
+        self.settle(now)
         self.client.exchange_done(keep_alive)
 
-    def _settle(self, now: float, *, aborted: bool = False) -> None:
+    def settle(self, now: float, *, aborted: bool = False) -> None:
         """Count out and give the record."""
         self.active = False
-        self._upstream = None
+        self.upstream = None
         self._replay = None
         backend = self._backend
         if backend is not None:
@@ -454,18 +464,21 @@ class Exchange:
             edge.counters.aborted += 1
         on_record = edge.on_record
         if on_record is not None:
-            head = self._head
+            head = self.head
             route = self._route
             on_record(
-                RequestRecord(
-                    None if route is None else route.app,
-                    head.method,
-                    self.status,
-                    now - self._started_at,
-                    self._upstream_secs if self.answering else 0.0,
-                    self._bytes_in,
-                    self._bytes_out if self.answering else 0,
-                    self._request_id,
-                    aborted,
+                new_record(
+                    RequestRecord,
+                    (
+                        None if route is None else route.app,
+                        head.method,
+                        self.status,
+                        now - self._started_at,
+                        self.upstream_secs if self.answering else 0.0,
+                        self._bytes_in,
+                        self.bytes_out if self.answering else 0,
+                        self.request_id,
+                        aborted,
+                    ),
                 )
             )

@@ -7,6 +7,7 @@ Rewriting is the business of `headers`, body framing of `body`, routing of `tabl
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -69,6 +70,9 @@ _STRAY_MESSAGE: Final = "the head has a bare CR, a bare LF or a NUL byte"
 _UNNAMED: Final = frozenset((b"keep-alive", b"close", b"upgrade", b"", b"content-length"))
 """Connection options that are no field names, and the one end-to-end field whose loss would change the framing."""
 
+_PLAIN: Final = frozenset((b"GET", b"OPTIONS"))
+"""Methods whose repetition does no harm and whose answer is framed as any other, unlike that of HEAD."""
+
 _OWNED_PREFIXES: Final = (b"x-aether-", b"x-forwarded-")
 
 
@@ -98,12 +102,22 @@ class RequestHead:
     expect_continue: bool = False
     request_id: bytes = b""
     traceparent: bytes = b""
+    plain: bool = False
+    """GET or OPTIONS in HTTP/1.1 without body, ids, Upgrade, Expect or Connection: close: what most requests are."""
+    start: bytes = b""
+    """What is sent upstream for a plain head that came again, up to the request id; made by `headers`."""
+
+
+NO_REQUEST: Final = RequestHead()
+"""Stands for a head before there is one."""
 
 
 class ResponseHead:
     """What the edge needs of a response head; not changed once it is made, because equal heads share it."""
 
     status: int
+    raw: bytes
+    """As it came, with the empty line that ends it."""
     start: bytes
     """Status line and the end-to-end fields that pass unchanged, Content-Length (but never of a 1xx or 204) among
     them; each line with its CRLF."""
@@ -112,7 +126,18 @@ class ResponseHead:
     keep_alive: bool = True
     keep_alive_secs: int = NO_PROMISE
     """What `Keep-Alive: timeout=` promises."""
+    idle_secs: float = math.inf
+    """How long that lets the connection be kept unused."""
     upgrade: bytes = b""
+    whole: int = NO_BODY
+    """Bytes of the answer with this head, when it is final, keeps the connection open and gives the length."""
+    opening: bytes = b""
+    """Of such an answer what goes to the client up to the value of X-Request-Id."""
+
+
+NO_RESPONSE: Final = ResponseHead()
+"""Stands for a head before there is one: equal to none that can come."""
+NO_RESPONSE.raw = b""
 
 
 class _Twice:
@@ -222,7 +247,21 @@ def parse_request(data: bytes, end: int) -> RequestHead:
     head.host = host
     if rare is not None:
         _take_rare(head, rare)
+    if minor and method in _PLAIN and head.content_length <= 0:
+        head.plain = rare is None or not _special(head)
     return head
+
+
+def _special(head: RequestHead) -> bool:
+    """True when a rare field asks for more than a plain exchange."""
+    return bool(
+        head.chunked
+        or head.upgrade
+        or head.expect_continue
+        or head.request_id
+        or head.traceparent
+        or not head.keep_alive
+    )
 
 
 def _take_rare(head: RequestHead, fields: list[_Entry]) -> None:
@@ -269,6 +308,7 @@ def parse_response(raw: bytes) -> ResponseHead:
     """Read a response head up to where its closing empty line begins. Raises HeadError."""
     lines = raw.split(b"\r\n")
     head = ResponseHead()
+    head.raw = raw + HEAD_END
     status = _statuses.get(lines[0])
     if status is None:
         status = _learn_status(lines[0])
@@ -309,6 +349,11 @@ def parse_response(raw: bytes) -> ResponseHead:
         kept[1:] = _without(kept[1:], tokens)
     kept.append(b"")
     head.start = b"\r\n".join(kept)
+    # the upstream closes idle connections after the time it gives: leave well before
+    head.idle_secs = math.inf if head.keep_alive_secs == NO_PROMISE else head.keep_alive_secs * 0.8
+    if head.keep_alive and head.content_length != NO_BODY and head.status >= 200 and head.status not in (204, 304):
+        head.whole = len(head.raw) + head.content_length
+        head.opening = head.start + b"X-Request-Id: "
     return head
 
 

@@ -10,29 +10,35 @@ from typing import Final
 
 from aether.edge.head import RequestHead, ResponseHead
 
+_join: Final = b"".join
+
 
 class TraceParents:
     """Makes W3C `traceparent` values; draws randomness for many at once, because a system call per request shows."""
 
-    __slots__ = ("_at", "_hex", "_span")
+    __slots__ = ("_ids", "tail")
 
-    _BATCH: Final = 256
+    _BATCH: Final = 512
     _DIGITS: Final = 32
 
     def __init__(self) -> None:
-        self._hex = b""
-        self._span = b""
-        self._at = 0
+        self._ids: list[bytes] = []
+        self.tail = b""
+        """What follows the id last taken: a span id shared by a batch, as it need only be unique within its trace."""
+
+    def new_id(self) -> bytes:
+        """A trace id of its own, 32 hex characters."""
+        return self._ids.pop() if self._ids else self._more()
 
     def new(self) -> bytes:
-        """A trace id of its own; the span id is shared by a batch, as it need only be unique within its trace."""
-        at = self._at
-        if at >= len(self._hex):
-            self._hex = os.urandom(self._BATCH * self._DIGITS // 2).hex().encode("ascii")
-            self._span = b"-%b-01" % os.urandom(8).hex().encode("ascii")
-            at = 0
-        self._at = end = at + self._DIGITS
-        return b"00-" + self._hex[at:end] + self._span
+        """A whole value with a trace id of its own."""
+        return b"00-" + self.new_id() + self.tail
+
+    def _more(self) -> bytes:
+        digits = os.urandom(self._BATCH * self._DIGITS // 2).hex().encode("ascii")
+        self._ids = [digits[at : at + self._DIGITS] for at in range(0, len(digits), self._DIGITS)]
+        self.tail = b"-%b-01" % os.urandom(8).hex().encode("ascii")
+        return self._ids.pop()
 
 
 def trace_id(traceparent: bytes) -> bytes:
@@ -45,8 +51,8 @@ def forwarded_prefix(peer: str, scheme: bytes) -> bytes:
     return b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: " % (peer.encode("ascii"), scheme)
 
 
-def upstream_request(head: RequestHead, forwarded: bytes, request_id: bytes, traceparent: bytes) -> bytes:
-    """The whole request head to send; `forwarded` comes from `forwarded_prefix`."""
+def upstream_start(head: RequestHead, forwarded: bytes) -> bytes:
+    """The request head to send, up to the value of X-Request-Id; `forwarded` comes from `forwarded_prefix`."""
     host = head.host
     lines = head.lines
     if head.chunked:
@@ -56,16 +62,24 @@ def upstream_request(head: RequestHead, forwarded: bytes, request_id: bytes, tra
     if head.upgrade:
         lines.append(b"Connection: Upgrade\r\nUpgrade: " + head.upgrade)
     lines.append(b"")
-    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\nX-Request-Id: %b\r\ntraceparent: %b\r\n\r\n" % (
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\nX-Request-Id: " % (
         head.method,
         head.target,
         host,
         b"\r\n".join(lines),
         forwarded,
         host,
-        request_id,
-        traceparent,
     )
+
+
+def upstream_request(start: bytes, request_id: bytes, traceparent: bytes) -> bytes:
+    """The whole request head to send; `start` comes from `upstream_start`."""
+    return _join((start, request_id, b"\r\ntraceparent: ", traceparent, b"\r\n\r\n"))
+
+
+def traced_request(start: bytes, trace_id: bytes, tail: bytes) -> bytes:
+    """The same for an id and `tail` of `TraceParents`; the id names the request too."""
+    return _join((start, trace_id, b"\r\ntraceparent: 00-", trace_id, tail, b"\r\n\r\n"))
 
 
 def client_response(head: ResponseHead, request_id: bytes, framing: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class RequestRecord(NamedTuple):
     aborted: bool
     """The answer began and did not end."""
 
+
+_tuple: Final[type[tuple[object, ...]]] = tuple
+_Fields = tuple[str | None, bytes, int, float, float, int, int, bytes, bool]
+new_record: Final = cast("Callable[[type[RequestRecord], _Fields], RequestRecord]", _tuple.__new__)
+"""`RequestRecord(...)` as its own constructor makes it, without the call of a Python function for every request."""
 
 RecordSink = Callable[[RequestRecord], None]
 

@@ -9,7 +9,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
-from aether.edge.head import ResponseHead, parse_response
+from aether.edge.head import HEAD_END, NO_RESPONSE, ResponseHead, parse_response
 from aether.edge.upstream import UpstreamConnection
 
 Dial = Callable[[], Awaitable[socket.socket]]
@@ -18,7 +18,7 @@ Dial = Callable[[], Awaitable[socket.socket]]
 class EdgeBackend:
     """One upstream with its pool; implements `Backend` of the apps' ports. Used from one event loop only."""
 
-    __slots__ = ("_dial", "_emptied", "_idle", "_last_head", "_last_raw", "_on_drain", "in_flight", "name", "retired")
+    __slots__ = ("_dial", "_emptied", "_idle", "_on_drain", "in_flight", "known", "name", "retired")
 
     def __init__(self, name: str, dial: Dial, on_drain: Callable[[EdgeBackend], None]) -> None:
         self.name = name
@@ -30,8 +30,8 @@ class EdgeBackend:
         self._on_drain = on_drain
         self._idle: list[UpstreamConnection] = []
         self._emptied: asyncio.Event | None = None
-        self._last_raw = b""
-        self._last_head: ResponseHead | None = None
+        self.known = NO_RESPONSE
+        """The head last parsed; a backend often gives the same one many times in a row."""
 
     @property
     def idle_connections(self) -> int:
@@ -59,12 +59,10 @@ class EdgeBackend:
         return connection
 
     def response_head(self, raw: bytes) -> ResponseHead:
-        """The parsed head of an answer; a backend often gives the same one many times in a row. Raises HeadError."""
-        head = self._last_head
-        if head is None or raw != self._last_raw:
-            self._last_head = head = parse_response(raw)
-            self._last_raw = raw
-        return head
+        """The parsed head of an answer; `raw` includes its closing empty line. Raises HeadError."""
+        if raw != self.known.raw:
+            self.known = parse_response(raw[: -len(HEAD_END)])
+        return self.known
 
     def give(self, connection: UpstreamConnection, pool_size: int) -> None:
         """Keep an unused connection for the next request."""

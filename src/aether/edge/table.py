@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, cycle
 from pathlib import Path
 
 from aether.apps.ports import Backend, Instance
@@ -19,30 +20,49 @@ _CACHE_SIZE = 4096
 class Route:
     """Where the requests of one app (or of the API, `app` None) go."""
 
-    __slots__ = ("_turn", "app", "backends")
+    __slots__ = ("_backends", "_pairs", "_turn", "app")
 
     def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
         self.app = app
-        self.backends = backends
         self._turn = 0
+        self.backends = backends
+
+    @property
+    def backends(self) -> tuple[EdgeBackend, ...]:
+        return self._backends
+
+    @backends.setter
+    def backends(self, backends: tuple[EdgeBackend, ...]) -> None:
+        self._backends = backends
+        self._pairs = _pairs(backends)
 
     def pick(self, but: Collection[EdgeBackend] = ()) -> EdgeBackend | None:
         """The less loaded of two backends (power of two choices, Mitzenmacher 2001) outside `but`.
 
         All ordered pairs take their turn: with one chooser that is as even as drawing them, and cheaper.
         """
-        backends: Sequence[EdgeBackend] = self.backends
         if but:
-            backends = [backend for backend in backends if backend not in but]
-        count = len(backends)
-        if count == 1:
-            return backends[0]
-        if not count:
+            return self._pick_outside(but)
+        for one, two in self._pairs:
+            return one if one.in_flight <= two.in_flight else two
+        return None
+
+    def _pick_outside(self, but: Collection[EdgeBackend]) -> EdgeBackend | None:
+        backends = [backend for backend in self._backends if backend not in but]
+        if not backends:
             return None
         self._turn = turn = self._turn + 1
-        first = turn % count
-        one, two = backends[first], backends[(first + 1 + turn // count % (count - 1)) % count]
+        one, two = backends[turn % len(backends)], backends[(turn + 1) % len(backends)]
         return one if one.in_flight <= two.in_flight else two
+
+
+def _pairs(backends: tuple[EdgeBackend, ...]) -> Iterator[tuple[EdgeBackend, EdgeBackend]]:
+    """All ordered pairs in turn, without end; a lone backend is its own partner, and of none there is no pair."""
+    if len(backends) < 2:
+        return cycle(zip(backends, backends, strict=True))
+    return chain.from_iterable(
+        zip(backends, backends[shift:] + backends[:shift], strict=True) for shift in cycle(range(1, len(backends)))
+    )
 
 
 class RouteTable:

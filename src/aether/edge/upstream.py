@@ -12,7 +12,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
-from aether.edge.head import HEAD_END, NO_BODY, NO_PROMISE, HeadError
+from aether.edge.express import relay_whole
+from aether.edge.head import HEAD_END, NO_BODY, HeadError
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
@@ -24,27 +25,27 @@ Peek = Callable[[int, int], bytes]
 """`socket.recv`: bytes wanted and flags."""
 
 _NO_CHUNKS: Final = ChunkedDecoder()
-_IDLE, _HEAD, _LENGTH, _CHUNKED, _TO_CLOSE = range(5)
+_HEAD, _LENGTH, _CHUNKED, _TO_CLOSE = range(4)
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """States: idle (no exchange) → head → body → idle or closed."""
+    """States: head (idle while there is no exchange) → body → head or closed."""
 
     __slots__ = (
         "_buffer",
         "_chunks",
-        "_exchange",
         "_interim",
         "_keep_secs",
         "_left",
-        "_paused",
         "_peek",
         "_reusable",
         "_state",
         "backend",
         "closed",
+        "exchange",
         "heard",
         "idle_until",
+        "paused",
         "reused",
         "transport",
         "write_paused",
@@ -61,22 +62,20 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_until = 0.0
         self.write_paused = False
         self._peek = peek
-        self._exchange: Exchange | None = None
-        self._state = _IDLE
+        self.exchange: Exchange | None = None
+        self._state = _HEAD
         self._buffer: bytes = b""
         self._left = 0
         self._interim = 0
         self._chunks = _NO_CHUNKS
         self._reusable = False
-        self._paused = False
+        self.paused = False
         self._keep_secs = 0.0
 
     def begin(self, exchange: Exchange, data: bytes) -> None:
         """Send a request (its head and what there is of its body) and give the answer to `exchange`."""
-        self._exchange = exchange
-        self._state = _HEAD
+        self.exchange = exchange
         self.heard = False
-        self._interim = 0
         self.transport.write(data)
 
     def gone(self) -> bool:
@@ -91,28 +90,28 @@ class UpstreamConnection(asyncio.Protocol):
 
     def close(self) -> None:
         self.closed = True
-        self._exchange = None
+        self.exchange = None
         self.transport.close()
 
     def abort(self) -> None:
         """Drop the connection at once; its exchange hears nothing more."""
         self.closed = True
-        self._exchange = None
+        self.exchange = None
         self.transport.abort()
 
     def release_to_tunnel(self) -> None:
         """The transport now belongs to a tunnel."""
         self.closed = True
-        self._exchange = None
+        self.exchange = None
 
     def pause_reading(self) -> None:
-        if not self._paused and not self.closed:
-            self._paused = True
+        if not self.paused and not self.closed:
+            self.paused = True
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._paused and not self.closed:
-            self._paused = False
+        if self.paused and not self.closed:
+            self.paused = False
             self.transport.resume_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -120,32 +119,35 @@ class UpstreamConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
-        if self._exchange is not None:
-            self._exchange.client.update_reading()
+        if self.exchange is not None:
+            self.exchange.client.update_reading()
 
     def resume_writing(self) -> None:
         self.write_paused = False
-        if self._exchange is not None:
-            self._exchange.client.update_reading()
+        if self.exchange is not None:
+            self.exchange.client.update_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is None:
             self.backend.forget(self)
         elif self._state == _TO_CLOSE and exc is None:
             self._end(exchange, monotonic())
             exchange.answer_body(b"", True)
         else:
-            self._exchange = None
+            self.exchange = None
             exchange.upstream_lost(self)
 
     def data_received(self, data: bytes) -> None:
-        exchange = self._exchange
-        state = self._state
+        exchange = self.exchange
         if exchange is None:
             self.abort()
-        elif state == _LENGTH:
+            return
+        if not self.heard and exchange.head.plain and relay_whole(self, exchange, data):
+            return
+        state = self._state
+        if state == _LENGTH:
             size = len(data)
             if size < self._left:
                 self._left -= size
@@ -182,7 +184,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._buffer = data
                 return
             try:
-                head = self.backend.response_head(data[:end])
+                head = self.backend.response_head(data[: end + 4])
             except HeadError as error:
                 self._fail(exchange, f"the app answered badly: {error.message}")
                 return
@@ -201,10 +203,7 @@ class UpstreamConnection(asyncio.Protocol):
                 return
         now = monotonic()
         self._reusable = head.keep_alive
-        self._keep_secs = exchange.pool_secs
-        if head.keep_alive_secs != NO_PROMISE:
-            # the upstream closes idle connections after that time: leave well before
-            self._keep_secs = min(self._keep_secs, head.keep_alive_secs * 0.8)
+        self._keep_secs = min(exchange.pool_secs, head.idle_secs)
         ended = False
         if head.status == 204 or head.status == 304 or exchange.is_head:
             ended = True
@@ -251,12 +250,13 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _end(self, exchange: Exchange, now: float) -> None:
         """The answer is complete: count the request out and keep or close the connection."""
-        self._exchange = None
-        self._state = _IDLE
+        self.exchange = None
+        self._state = _HEAD
+        self._interim = 0
         if self.closed:
             return
         if self._reusable and exchange.upload_done and not self.write_paused:
-            if self._paused:
+            if self.paused:
                 self.resume_reading()
             self.reused = True
             self.idle_until = now + self._keep_secs
