@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Final, cast
 from aether.edge.body import ChunkedDecoder, ChunkError
 from aether.edge.errors import error_response
 from aether.edge.exchange import Exchange
-from aether.edge.head import HEAD_END, NO_REQUEST, HeadError, RequestHead, has_stray_control, parse_request
+from aether.edge.head import HEAD_END, NO_REQUEST, RequestHead, parse_request
 from aether.edge.headers import forwarded_prefix, trace_id, upstream_start
+from aether.edge.lines import HeadError, has_stray_control
 
 if TYPE_CHECKING:
     from aether.edge.server import Edge

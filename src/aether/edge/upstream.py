@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from aether.edge.body import ChunkedDecoder, ChunkError
 from aether.edge.express import relay_whole
-from aether.edge.head import HEAD_END, NO_BODY, HeadError
+from aether.edge.head import HEAD_END, NO_BODY
+from aether.edge.lines import HeadError
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
