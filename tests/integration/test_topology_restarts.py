@@ -153,6 +153,23 @@ def test_kill9_at_any_moment_of_a_rollout(up: Server, delay_ms: int) -> None:
     assert rows[0]["status"] == "active", rows[0]["error"]
 
 
+def test_an_instance_that_was_only_prepared_leaves_nothing(up: Server) -> None:
+    up.deploy("unborn", hello("x"))
+    up.kill9()
+    for pid in up.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not up.pids())
+    (prepared,) = up.instances()
+    for item in (up.data / "instances" / prepared).iterdir():
+        if item.name not in ("etc", "lock"):
+            item.unlink()
+    up.start()
+    check_consistent(up, "unborn")
+    assert prepared not in up.instances()
+    assert up.said("unborn") == "x"
+
+
 def test_kill9_in_the_middle_of_a_slow_start_keeps_the_deadline(up: Server) -> None:
     up.deploy("late", hello("old"))
     begun = up.begin("late", slow("never", 60_000), timeout_secs=6)

@@ -243,7 +243,8 @@ class Replica:
             found = await runtime.adopt(self._adopt)
             if found is not None:
                 return found
-            await self._record("failed")
+            # an earlier server was killed before it had recorded what it was about to start
+            await self._bury("failed")
             self.instance_id = new_id()
             self._was_ready = False
         try:
