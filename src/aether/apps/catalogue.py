@@ -90,13 +90,18 @@ class Catalogue:
             row = (await tx.execute(_views().where(applications.c.id == app.id))).one()
         return _view(row)
 
-    async def list(self, *, q: str = "", after: str | None = None, limit: int = 50) -> Sequence[AppView]:
-        """By name, `limit` + 1 at most; `q` is a part of the name, `after` the last name seen."""
+    async def list(
+        self, *, q: str = "", after: str | None = None, limit: int = 50, only: sa.ColumnElement[bool] | None = None
+    ) -> Sequence[AppView]:
+        """By name, `limit` + 1 at most; `q` is a part of the name, `after` the last name seen, `only` a condition
+        on `applications`."""
         query = _views().where(applications.c.deleting_at.is_(None))
         if q:
             query = query.where(applications.c.name.contains(q, autoescape=True))
         if after is not None:
             query = query.where(applications.c.name > after)
+        if only is not None:
+            query = query.where(only)
         async with self._database.read() as tx:
             found = await tx.execute(query.order_by(applications.c.name).limit(limit + 1))
             return [_view(row) for row in found]

@@ -218,9 +218,13 @@ class Deployments:
         before: tuple[int, str] | None = None,
         limit: int = 50,
         releases_only: bool = False,
+        only: sa.ColumnElement[bool] | None = None,
     ) -> Sequence[DeploymentRow]:
-        """Newest first, `limit` + 1 at most; `before` is (created_at, id) of the last one seen."""
+        """Newest first, `limit` + 1 at most; `before` is (created_at, id) of the last one seen, `only` a condition
+        on `applications`."""
         query = select_deployments()
+        if only is not None:
+            query = query.where(only)
         async with self._database.read() as tx:
             if app is not None:
                 query = query.where(deployments.c.app_id == (await find_app(tx, app)).id)

@@ -11,7 +11,7 @@ from litestar import Response, get, patch, post
 from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
 from litestar.response import Stream
 
-from aether.api.auth import DEPLOYER, READER
+from aether.api import auditing
 from aether.api.paging import DEFAULT_LIMIT, Cursor, Limit, Page, decode_cursor, page
 from aether.api.services import Caller, Deps
 from aether.api.streams import until_shutdown
@@ -20,6 +20,7 @@ from aether.apps.deployments import DEFAULT_COMMAND, Author, DeployRequest
 from aether.apps.ledger import Event
 from aether.apps.records import DeploymentRow, Health
 from aether.apps.services import AppServices
+from aether.identity.ownership import visible
 from aether.model.deployment import DeploymentStatus
 from aether.model.errors import BadRequest
 from aether.model.times import to_iso
@@ -69,12 +70,14 @@ class DeploymentEvent(msgspec.Struct):
     timestamp: str
 
 
-@post("/deployments", opt=DEPLOYER, tags=["deployments"])
+@post("/deployments", tags=["deployments"])
 async def create_deployment(
     data: JSONBody[NewDeployment], services: Deps, caller: Caller, idempotency_key: IdempotencyKey = None
 ) -> Response[Deployment]:
     """Deploy an uploaded artifact. 200 instead of 201 for a repeat of the newest deployment or of the key."""
     apps = apps_of(services)
+    auditing.about(data.app)
+    await services.identity.ownership.check_app(caller, data.app)
     path = data.health.path if data.health and data.health.path != "/" else None
     request = DeployRequest(
         app=data.app,
@@ -92,29 +95,32 @@ async def create_deployment(
     return Response(deployment_view(row, apps), status_code=201 if new else 200)
 
 
-@get("/deployments", opt=READER, tags=["deployments"])
+@get("/deployments", tags=["deployments"])
 async def list_deployments(
     services: Deps,
+    caller: Caller,
     app: AppFilter = None,
     status: StatusFilter = None,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Page[Deployment]:
-    """Deployments, newest first."""
+    """Deployments of the caller's apps, newest first."""
     apps = apps_of(services)
     before = decode_cursor(cursor, int, str)
-    rows = await apps.deployments.list(app=app, status=status, before=before, limit=limit)
+    if app is not None:
+        await services.identity.ownership.check_app(caller, app)
+    rows = await apps.deployments.list(app=app, status=status, before=before, limit=limit, only=visible(caller))
     return page(rows, limit, lambda row: deployment_view(row, apps), lambda row: (row.created_at, row.id))
 
 
-@get("/deployments/{deployment_id:str}", opt=READER, tags=["deployments"])
+@get("/deployments/{deployment_id:str}", tags=["deployments"])
 async def show_deployment(deployment_id: FromPath[str], services: Deps) -> Deployment:
     """One deployment."""
     apps = apps_of(services)
     return deployment_view(await apps.deployments.get(deployment_id), apps)
 
 
-@patch("/deployments/{deployment_id:str}", opt=DEPLOYER, tags=["deployments"])
+@patch("/deployments/{deployment_id:str}", tags=["deployments"])
 async def change_deployment(
     deployment_id: FromPath[str], data: JSONBody[DeploymentChange], services: Deps, caller: Caller
 ) -> Deployment:
@@ -126,7 +132,7 @@ async def change_deployment(
     return deployment_view(row, apps)
 
 
-@get("/deployments/{deployment_id:str}/events", opt=READER, tags=["deployments"], media_type="text/event-stream")
+@get("/deployments/{deployment_id:str}/events", tags=["deployments"], media_type="text/event-stream")
 async def deployment_events(deployment_id: FromPath[str], services: Deps, last_event_id: LastEventId = 0) -> Stream:
     """Server-sent events: `phase` for each change, `end` with the settled deployment. Resumes by Last-Event-ID."""
     apps = apps_of(services)
