@@ -76,8 +76,8 @@ def create_routes(services: Services) -> Litestar:
 
 def _handlers() -> list[Any]:
     from aether.api import swagger
-    from aether.api.routers import apps, artifacts, deployments, logs, probes
+    from aether.api.routers import apps, artifacts, audit, deployments, logs, probes, users
     from aether.api.routers import auth as auth_router
 
-    modules = (probes, auth_router, apps, deployments, logs, artifacts, swagger)
+    modules = (probes, auth_router, users, audit, apps, deployments, logs, artifacts, swagger)
     return [handler for module in modules for handler in module.HANDLERS]

@@ -61,6 +61,18 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/auth/refresh"): _PUBLIC,
     ("POST", "/auth/logout"): Rule(_READER, Owns.SELF),
     ("GET", "/auth/whoami"): Rule(_READER, Owns.SELF),
+    # users, teams, tokens, audit
+    ("POST", "/users"): Rule(_ADMIN),
+    ("GET", "/users"): Rule(_ADMIN),
+    ("PATCH", "/users/{name}"): Rule(_READER, Owns.SELF),
+    ("POST", "/teams"): Rule(_ADMIN),
+    ("GET", "/teams"): Rule(_READER, Owns.VISIBLE),
+    ("PUT", "/teams/{team}/members/{user}"): Rule(_ADMIN),
+    ("DELETE", "/teams/{team}/members/{user}"): Rule(_ADMIN),
+    ("POST", "/tokens"): Rule(_READER, Owns.SELF),
+    ("GET", "/tokens"): Rule(_READER, Owns.SELF),
+    ("DELETE", "/tokens/{token_id}"): Rule(_READER, Owns.SELF),
+    ("GET", "/audit"): Rule(_ADMIN),
     # apps
     ("POST", "/apps"): Rule(_DEPLOYER, Owns.NAMED),
     ("GET", "/apps"): Rule(_READER, Owns.VISIBLE),
@@ -101,6 +113,8 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     caller: Principal = scope["state"]["principal"]
     if caller.role < rule.role:
         raise Forbidden(f"this needs the role {rule.role.label}; {caller.name} has {caller.role.label}")
+    if caller.apps is not None and rule.role is Role.ADMIN:
+        raise Forbidden("a token that is bound to apps may not do this")
     services: Services = connection.app.state.services
     ownership, path = services.identity.ownership, connection.path_params
     if rule.owns is Owns.APP:
@@ -121,7 +135,7 @@ def routes_of(app: Litestar) -> Iterable[tuple[str, str]]:
 
 
 def _template(path: str) -> str:
-    """Litestar's own routes for the description, which change with its version and answer nothing, are one row."""
+    """Litestar's own routes for the description, which change with its version, are one row."""
     return "/openapi/{path}" if path == "/openapi" or path.startswith("/openapi/") else path
 
 

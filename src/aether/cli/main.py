@@ -40,6 +40,8 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "up": "run the whole platform on this machine",
         "login": "log in to a server",
         "logout": "revoke the session and forget it",
+        "user": "create, list and disable users, and make tokens for CI",
+        "team": "create and list teams and say who is in them",
         "doctor": "check this machine, the session and the server",
         "completions": "print a completion script for bash, zsh or fish",
     },

@@ -49,13 +49,14 @@ class MachineTokens:
         self,
         user: str,
         name: str,
-        role: Role,
+        role: Role | None,
         *,
         apps: Iterable[str] | None,
         expires_in_secs: int,
         created_by: str,
     ) -> MachineToken:
-        """Raises BadRequest, NotFound for an unknown or disabled user."""
+        """`role` None is deployer, or less when the user has less. Raises BadRequest, NotFound for an unknown or
+        disabled user."""
         if not 1 <= len(name) <= 100 or not name.isprintable():
             raise BadRequest("a token's name has 1 to 100 printable characters", {"field": "name"})
         if not 60 <= expires_in_secs <= MAX_SECS:
@@ -69,6 +70,7 @@ class MachineTokens:
             row = (await tx.execute(sa.select(users).where(users.c.name == user))).one_or_none()
             if row is None or row.disabled_at is not None:
                 raise NotFound(f"there is no user '{user}' that could hold a token")
+            role = role or min(Role.DEPLOYER, Role.parse(row.role))
             if role > Role.parse(row.role):
                 raise BadRequest(f"{user} has the role {row.role}; a token cannot have more", {"field": "role"})
             values: dict[str, Any] = {
