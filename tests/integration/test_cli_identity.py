@@ -86,7 +86,7 @@ async def test_a_session_renews_itself(api: Served, environ: dict[str, str]) -> 
     await log_in(api, environ)
     before = read_session(environ)
     await let_access_tokens_run_out(api)
-    code, out, errors = await aether(environ, "apps", "create", "shop", "--format", "json")
+    code, _, errors = await aether(environ, "apps", "create", "shop", "--format", "json")
     assert code == 40, errors  # this server runs no apps: the request was let through
     after = read_session(environ)
     assert before is not None
@@ -174,9 +174,8 @@ async def test_users_teams_and_tokens(api: Served, environ: dict[str, str]) -> N
         return json.loads(out) if out else None
 
     assert (await aether(environ, "login", "--token", "tok-admin"))[0] == 0
-    made = await run(
-        "user", "create", "bob", "--role", "deployer", "--email", "bob@example.com", stdin="bobs password\n"
-    )
+    words = ("user", "create", "bob", "--role", "deployer", "--email", "bob@example.com")
+    made = await run(*words, stdin="bobs password\n")
     assert (made["name"], made["role"], made["has_password"]) == ("bob", "deployer", True)
     assert "password_hash" not in made
     await run("user", "create", "robot", "--no-password")

@@ -76,16 +76,7 @@ def _list(_: Arguments, context: Context) -> None:
         lambda: (
             table(
                 ("NAME", "ROLE", "STATE", "TEAMS", "CREATED"),
-                (
-                    (
-                        u["name"],
-                        u["role"],
-                        "disabled" if u["disabled"] else "",
-                        ",".join(u["teams"]),
-                        moment(u["created_at"]),
-                    )
-                    for u in users
-                ),
+                map(_row, users),
             )
             if users
             else "no users"
