@@ -72,7 +72,9 @@ def run(arguments: Arguments, context: Context) -> int:
     )
     with Locked(context.environ):
         path = write_session(session, context.environ)
-    shown = {"api_base": base, "name": session.name, "role": session.role, "expires_at": session.expires_at or None}
+    # the access token is renewed by itself; what ends the session is the refresh token
+    until = session.refresh_expires_at or session.expires_at or None
+    shown = {"api_base": base, "name": session.name, "role": session.role, "expires_at": until}
     context.result({**shown, "session": path}, lambda: f"logged in to {base} as {session.name} ({session.role})")
     if context.environ.get("AETHER_TOKEN"):
         context.log.warn("AETHER_TOKEN is set and wins over this session")

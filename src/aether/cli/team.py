@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def configure(parser: Parser) -> None:
     create = parser.add_action("create", "create a team")
-    create.add_argument("name", metavar="TEAM")
+    create.add_argument("name", metavar="TEAM", help="the team")
     add_format(create)
     add_format(parser.add_action("list", "list teams and their members (also without an action)"))
     for action, line in (("add", "put a user into a team"), ("remove", "take a user out of a team")):
         one = parser.add_action(action, line)
-        one.add_argument("name", metavar="TEAM")
-        one.add_argument("user", metavar="USER")
+        one.add_argument("name", metavar="TEAM", help="the team")
+        one.add_argument("user", metavar="USER", help="the user")
         add_format(one)
     add_format(parser)
 
