@@ -156,3 +156,16 @@ def test_openapi_and_metrics(up: Product) -> None:
     status, page, _ = up.api("GET", "/swagger")
     assert status == 200
     assert b"https://" not in page.replace(b"https://spec.openapis.org", b""), "the page asks the internet"
+
+
+def test_an_app_is_scaled_and_stopped(up: Product, tmp_path: Path) -> None:
+    up.deploy(node_app(tmp_path / "wide", HELLO % "wide"))
+    done = up.run("scale", "web=3", "--app", "wide")
+    assert done.stdout.strip() == "wide: web 3 of 3 ready"
+    assert "3 of 3 ready" in up.run("status", "--app", "wide").stdout
+    assert re.search(r"wide +running +v1 +3/3", up.run("list", "--filter", "wide").stdout)
+    stopped = up.run("scale", "web=0", "--app", "wide", "--format", "json").json
+    assert (stopped["status"], stopped["instances"]) == ("stopped", {"desired": 0, "ready": 0})
+    assert up.get("wide")[0] == 503
+    assert up.run("scale", "web=51", "--app", "wide", check=False).code == 2
+    assert up.run("scale", "--app", "wide").stdout.strip() == "wide: web 0 (stopped)"

@@ -19,7 +19,7 @@ from aether.cli.main import entry, load, verbs
 from aether.model import errors
 
 AETHER = str(Path(sys.executable).parent / "aether")
-NOT_LISTED = {"scale", "run", "verify", "dev", "user", "function", "slice", "server", "gateway", "worker", "node"}
+NOT_LISTED = {"run", "verify", "dev", "user", "function", "slice", "server", "gateway", "worker", "node"}
 
 
 def test_every_verb_in_the_table_exists_and_describes_itself() -> None:

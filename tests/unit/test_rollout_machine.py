@@ -42,6 +42,7 @@ class World:
 
     strategy: Strategy
     old_runs: bool
+    desired: int = 1
     deadline: float = 100.0
     now: float = 0.0
     status: DeploymentStatus = S.PENDING
@@ -57,8 +58,8 @@ class World:
     def __post_init__(self) -> None:
         if self.old_runs:
             self.old_status = S.ACTIVE
-            self.old["old-0"] = Observed.READY
-            self.route = ("old-0",)
+            self.old = {f"old-{n}": Observed.READY for n in range(self.desired)}
+            self.route = tuple(self.old)
 
     def view(self) -> RolloutView:
         def views(group: dict[str, Observed]) -> tuple[InstanceView, ...]:
@@ -70,6 +71,7 @@ class World:
             status=self.status,
             strategy=self.strategy,
             deadline=self.deadline,
+            desired=self.desired,
             artifact=self.artifact,
             artifact_reason=BOOM if self.artifact is ArtifactState.FAILED else None,
             old=views(self.old),
@@ -100,12 +102,15 @@ class World:
                 assert self.artifact is ArtifactState.READY
                 if self.strategy is Strategy.RECREATE:
                     assert not any(o in LIVE for o in self.old.values()), "recreate ran both"
+                assert len(self.new) + count <= self.desired, "more instances than wanted"
+                assert all(o is Observed.READY for o in self.new.values()), "the batch before is not through"
                 for _ in range(count):
                     self.counter += 1
                     self.new[f"new-{self.counter}"] = Observed.STARTING
             case Promote():
-                assert self.new
+                assert len(self.new) >= self.desired
                 assert all(o is Observed.READY for o in self.new.values())
+                self.fit(self.new)
                 self.move(S.ACTIVE)
                 if self.old_status is not None:
                     self.old_status = S.SUPERSEDED
@@ -119,7 +124,7 @@ class World:
             case RestoreOld():
                 assert not any(o in LIVE for o in self.new.values()), "both would run"
                 self.held = False
-                self.old = {"old-again": Observed.STARTING}
+                self.old = {f"old-again-{n}": Observed.STARTING for n in range(self.desired)}
             case Drain(instances):
                 self.may_take_down(instances)
                 self.route = tuple(i for i in self.route if i not in instances)
@@ -141,7 +146,17 @@ class World:
             return
         routed = any(i in self.new for i in self.route)
         assert self.status is S.ACTIVE, "an old instance was taken down before the promotion"
-        assert routed or self.now >= self.deadline, "an old instance was taken down before the new one was routed"
+        late = self.now >= self.deadline or not self.desired
+        assert routed or late, "an old instance was taken down before the new one was routed"
+
+    def fit(self, group: dict[str, Observed]) -> None:
+        """What the app's supervisor does with its release when the app wants another number of instances."""
+        for i in list(group)[self.desired :]:
+            del group[i]
+        self.route = tuple(i for i in self.route if i in self.old or i in self.new)
+        while len(group) < self.desired:
+            self.counter += 1
+            group[f"more-{self.counter}"] = Observed.STARTING
 
     def set(self, instances: tuple[str, ...], observed: Observed) -> None:
         for group in (self.old, self.new):
@@ -177,7 +192,8 @@ class World:
                 elif not self.held and self.status is not S.ACTIVE:
                     self.first(self.old, Observed.EXITED, Observed.STARTING)
                     self.first(self.old, Observed.STARTING, Observed.READY)
-                    self.route = self.route or tuple(i for i, o in self.old.items() if o is Observed.READY)
+                    if not any(i in self.new for i in self.route):
+                        self.route = tuple(i for i, o in self.old.items() if o is Observed.READY)
             case "drained":
                 for group in (self.old, self.new):
                     self.first(group, Observed.DRAINING, Observed.DRAINED)
@@ -187,6 +203,12 @@ class World:
             case "cancel":
                 if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT):
                     self.move(S.CANCELLED)
+            case "more" | "fewer":
+                self.desired = min(6, max(0, self.desired + (1 if what == "more" else -1)))
+                if self.status is S.ACTIVE:
+                    self.fit(self.new)
+                elif self.old_runs and not self.held:
+                    self.fit(self.old)
             case "time":
                 self.now += 30
             case "crash":
@@ -209,7 +231,7 @@ class World:
 
 EVENTS = [
     "unpacked", "unpack fails", "new ready", "new exits", "old exits", "old ready", "drained", "stopped", "cancel",
-    "time", "crash", "decide",
+    "time", "crash", "decide", "more", "fewer",
 ]  # fmt: skip
 
 
@@ -217,10 +239,13 @@ EVENTS = [
 @given(
     strategy=st.sampled_from(Strategy),
     old_runs=st.booleans(),
+    desired=st.integers(0, 5),
     events=st.lists(st.sampled_from([*EVENTS, "decide", "decide", "unpacked", "new ready"]), max_size=40),
 )
-def test_any_interleaving_ends_settled_and_safe(strategy: Strategy, old_runs: bool, events: list[str]) -> None:
-    world = World(strategy, old_runs)
+def test_any_interleaving_ends_settled_and_safe(
+    strategy: Strategy, old_runs: bool, desired: int, events: list[str]
+) -> None:
+    world = World(strategy, old_runs, desired)
     for event in events:
         if event == "decide":
             world.step()
@@ -241,16 +266,17 @@ def test_any_interleaving_ends_settled_and_safe(strategy: Strategy, old_runs: bo
         assert not any(o in LIVE for o in world.new.values()), "a failed rollout left an instance"
         if old_runs:
             assert world.old_status is S.ACTIVE
-            assert world.old, "the old release is gone"
+            assert world.old or not world.desired, "the old release is gone"
     else:
         assert not any(o in LIVE for o in world.old.values())
 
 
+@pytest.mark.parametrize("desired", [0, 1, 3, 50])
 @pytest.mark.parametrize("strategy", list(Strategy))
-def test_the_straight_way(strategy: Strategy) -> None:
-    world = World(strategy, old_runs=True)
+def test_the_straight_way(strategy: Strategy, desired: int) -> None:
+    world = World(strategy, True, desired)
     seen: list[DeploymentStatus] = [world.status]
-    for _ in range(30):
+    for _ in range(30 + 4 * desired):
         world.step()
         if world.status is not seen[-1]:
             seen.append(world.status)
@@ -258,6 +284,7 @@ def test_the_straight_way(strategy: Strategy) -> None:
             world.happen(event)
     assert seen == [S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ACTIVE]
     assert finished(world.view())
+    assert len(world.route) == desired
     assert all(i in world.new for i in world.route)
 
 
@@ -277,6 +304,22 @@ def test_every_instance_must_be_ready() -> None:
     assert decide(view(desired=2, new=(ready,)), 0) == (Start(1),)
     assert decide(view(desired=2, new=(ready, starting)), 0) == ()
     assert decide(view(desired=2, new=(ready, InstanceView("b", Observed.READY))), 0) == (Promote(),)
+
+
+def test_a_release_starts_in_batches_of_a_quarter() -> None:
+    started: list[int] = []
+    new: tuple[InstanceView, ...] = ()
+    while isinstance(action := decide(view(desired=10, new=new), 0)[0], Start):
+        started.append(action.count)
+        new = tuple(InstanceView(str(n), Observed.READY) for n in range(sum(started)))
+    assert action == Promote()
+    assert started == [3, 3, 3, 1]
+
+
+def test_a_stopped_app_is_promoted_without_a_start_and_its_old_instances_go() -> None:
+    assert decide(view(desired=0), 0) == (Promote(),)
+    old = (InstanceView("o", Observed.READY, routed=True),)
+    assert list(decide(view(status=S.ACTIVE, desired=0, old=old), 0)) == [Drain(("o",))]
 
 
 def test_a_promoted_release_that_fell_over_keeps_the_old_one_serving_until_the_deadline() -> None:

@@ -25,7 +25,7 @@ class InstanceCount(msgspec.Struct):
 
 
 class App(msgspec.Struct):
-    """`status` is running, starting, degraded, failed or empty; `release` is the active one."""
+    """`status` is running, starting, degraded, stopped, failed or empty; `release` is the active one."""
 
     id: str
     name: str

@@ -83,8 +83,10 @@ class Router(Protocol):
         """Make a backend that gets no requests yet."""
         ...
 
-    def route(self, app: str, backends: Sequence[Backend]) -> None:
-        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503."""
+    def route(self, app: str, backends: Sequence[Backend], *, closed: str | None = None) -> None:
+        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503.
+
+        `closed` is what such an answer says of an app that is not meant to run."""
         ...
 
     def drop(self, app: str) -> None:

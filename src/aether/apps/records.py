@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.model.deployment import UNDER_WAY, DeploymentStatus
 from aether.model.errors import NotFound
-from aether.stores.database.tables import applications, artifacts, configs, deployments
+from aether.stores.database.tables import applications, artifacts, configs, deployments, formations
 
+WEB = "web"
+"""The process type that the edge sends requests to."""
 UNDER_WAY_VALUES = sorted(status.value for status in UNDER_WAY)
 
 
@@ -147,6 +149,15 @@ async def config_env(tx: AsyncConnection, app_id: str, version: int) -> dict[str
     )  # fmt: skip
     text = found.scalar_one_or_none()
     return json.loads(text) if text else {}
+
+
+async def quantity(tx: AsyncConnection, app_id: str, process: str = WEB) -> int:
+    """How many instances of a process type the app wants; one until somebody has said."""
+    found = await tx.execute(
+        sa.select(formations.c.quantity).where(formations.c.app_id == app_id, formations.c.process == process)
+    )
+    wanted = found.scalar_one_or_none()
+    return 1 if wanted is None else wanted
 
 
 async def newest_config_version(tx: AsyncConnection, app_id: str) -> int:

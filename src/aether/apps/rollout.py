@@ -28,6 +28,7 @@ from aether.rollout.machine import (
     Drain,
     Fail,
     HoldOld,
+    Observed,
     Promote,
     Reason,
     RestoreOld,
@@ -56,6 +57,8 @@ class RolloutOptions:
     stop_grace_secs: float
     log_tail: Callable[[str, str, int], Awaitable[list[str]]]
     """(instance id, app, lines) → the app's newest lines."""
+    discard: Callable[[Sequence[str]], Coroutine[Any, Any, None]]
+    """Stop and forget instances that no replica has taken over."""
     prepare: Callable[[DeploymentRow], Awaitable[Launch]]
     """Everything that instances of the deployment have in common; needs the unpacked artifact."""
     runtime_warning: Callable[[str | None], str | None]
@@ -116,6 +119,8 @@ class Rollout:
         finally:
             self._runner.unlisten(self._wake)
             self.released.set()
+        if self._adopt:  # settled before they could be taken over
+            self._beside(self._options.discard(self._adopt))
         leftover = self._old if self._status is DeploymentStatus.ACTIVE else self._new
         if leftover is not None:
             self._runner.forget(leftover)
@@ -138,15 +143,15 @@ class Rollout:
                         await self._wake.wait()
 
     def _view(self) -> RolloutView:
-        routed = self._runner.routed
         return RolloutView(
             status=self._status,
             strategy=Strategy(self.row.strategy),
             deadline=self._deadline,
+            desired=self._runner.desired,
             artifact=self._artifact,
             artifact_reason=self._artifact_reason,
-            old=self._old.views(routed) if self._old is not None else (),
-            new=self._new.views(routed) if self._new is not None else (),
+            old=self._runner.views(self._old) if self._old is not None else (),
+            new=self._runner.views(self._new) if self._new is not None else (),
             old_held=self._held,
         )
 
@@ -193,7 +198,7 @@ class Rollout:
                 notes = [("warning", warning)] if warning else []
                 await self._move(DeploymentStatus.ROLLING_OUT, f"starting: {self.row.command}", notes=notes)
             case Start(count):
-                for _ in range(count):
+                for _ in range(max(count, len(self._adopt))):
                     self._start()
             case Promote():
                 await self._promote()
@@ -261,20 +266,27 @@ class Rollout:
             self._wake.set()
 
     def _start(self) -> None:
+        self._group().add(adopt=self._adopt.pop() if self._adopt else None)
+
+    def _group(self) -> Group:
         if self._launch is None:
-            raise RuntimeError("an instance cannot start before its artifact is there")
+            raise RuntimeError("nothing can run before its artifact is there")
         if self._new is None:
             self._new = self._runner.make_group(self.row.id, self._launch)
-        self._new.add(adopt=self._adopt.pop() if self._adopt else None)
+        return self._new
 
     async def _promote(self) -> None:
-        if self._new is None:
-            raise RuntimeError("a rollout without instances cannot be promoted")
-        ids = [replica.instance_id for replica in self._new.replicas]
-        slowest = max(replica.gate_secs for replica in self._new.replicas)
-        note = (DeploymentStatus.ROLLING_OUT.value, f"healthy {slowest:.2f} s after the start")
-        await self._ledger.promote(self._claim, ids, [note])
-        self._take_over(self._new)
+        group = self._group()
+        ready = [replica for replica in group.replicas if replica.observed is Observed.READY]
+        if ready:
+            slowest = max(replica.gate_secs for replica in ready)
+            several = f"{len(ready)} instances, " if len(ready) > 1 else ""
+            told = f"{several}healthy {slowest:.2f} s after the start"
+        else:
+            told = "the app is scaled to 0: nothing was started, so nothing is known of the release's health"
+        ids = [replica.instance_id for replica in ready]
+        await self._ledger.promote(self._claim, ids, [(DeploymentStatus.ROLLING_OUT.value, told)])
+        self._take_over(group)
 
     def _take_over(self, group: Group) -> None:
         self._held = False
@@ -284,9 +296,14 @@ class Rollout:
 
     async def _fail(self, reason: Reason) -> None:
         tail: list[str] = []
-        for replica in self._new.replicas if self._new is not None else ():
+        if self._new is not None and self._new.replicas:
+            replica = min(self._new.replicas, key=_soundness)
             reason = await replica.explain() or reason
             tail = await self._options.log_tail(replica.instance_id, self._runner.app, LOG_TAIL_LINES)
-            break
         error = DeploymentError(reason.code, reason.message, tuple(tail))
         await self._move(DeploymentStatus.FAILED, reason.message, error=error)
+
+
+def _soundness(replica: Replica) -> int:
+    """Orders replicas so that the one whose end explains most comes first."""
+    return {Observed.EXITED: 0, Observed.READY: 2}.get(replica.observed, 1)

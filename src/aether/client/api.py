@@ -144,6 +144,10 @@ class Api:
         content = {key: value for key, value in named.items() if value is not None}
         return self._send("POST", f"{_app(name)}/rollback", content, **_key(idempotency_key))
 
+    def scale(self, name: str, sizes: Mapping[str, int]) -> App:
+        """Have so many instances of each process type run; answers before they do."""
+        return self._send("POST", f"{_app(name)}/scale", dict(sizes), repeatable=True)
+
     def config(self, name: str) -> Config:
         return self._get(f"{_app(name)}/config")
 

@@ -12,6 +12,7 @@ from itertools import chain, cycle
 from pathlib import Path
 
 from aether.apps.ports import Backend, Instance
+from aether.edge.closed import ClosedBackend
 from aether.edge.pool import EdgeBackend
 
 _CACHE_SIZE = 4096
@@ -20,10 +21,12 @@ _CACHE_SIZE = 4096
 class Route:
     """Where the requests of one app (or of the API, `app` None) go."""
 
-    __slots__ = ("_backends", "_pairs", "_turn", "app")
+    __slots__ = ("_backends", "_pairs", "_turn", "app", "closed")
 
     def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
         self.app = app
+        self.closed: ClosedBackend | None = None
+        """Answers while there is no backend and there is not meant to be one."""
         self._turn = 0
         self.backends = backends
 
@@ -45,7 +48,7 @@ class Route:
             return self._pick_outside(but)
         for one, two in self._pairs:
             return one if one.in_flight <= two.in_flight else two
-        return None
+        return self.closed
 
     def _pick_outside(self, but: Collection[EdgeBackend]) -> EdgeBackend | None:
         backends = [backend for backend in self._backends if backend not in but]
@@ -80,8 +83,10 @@ class RouteTable:
         """Make a backend that gets no requests yet."""
         return EdgeBackend(f"{app}/{instance.spec.instance_id}", instance.dial, self._withdraw)
 
-    def route(self, app: str, backends: Sequence[Backend]) -> None:
-        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503."""
+    def route(self, app: str, backends: Sequence[Backend], *, closed: str | None = None) -> None:
+        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503.
+
+        `closed` is what such an answer says of an app that is not meant to run."""
         chosen = tuple(backend for backend in backends if isinstance(backend, EdgeBackend))
         if len(chosen) != len(backends):
             raise TypeError("a backend must come from this table's add()")
@@ -89,9 +94,9 @@ class RouteTable:
             backend.retired = False
         route = self._apps.get(app)
         if route is None:
-            self._apps[app] = Route(app, chosen)
-            return
+            route = self._apps[app] = Route(app)
         before, route.backends = route.backends, chosen
+        route.closed = None if closed is None else ClosedBackend(closed)
         for backend in before:
             if backend not in chosen:
                 backend.retire()

@@ -21,7 +21,7 @@ from aether.model.deployment import SETTLED, DeploymentStatus
 
 class Strategy(StrEnum):
     ROLLING = "rolling"
-    """The new instances start beside the old ones; traffic moves once they are healthy."""
+    """The new instances start beside the old ones, some at a time; traffic moves once all of them are healthy."""
     RECREATE = "recreate"
     """The old instances end before the new ones start: for apps that must never run twice."""
 
@@ -134,6 +134,7 @@ class Fail:
 
 Action = Verify | Begin | Start | Promote | Route | HoldOld | RestoreOld | Drain | Stop | Fail
 
+BATCHES = 4
 INTERRUPTED = Reason("rollout_interrupted", "the rollout was interrupted and cannot go on")
 
 
@@ -209,11 +210,17 @@ def _rolling(view: RolloutView) -> Sequence[Action]:
     for instance in view.new:
         if instance.observed is Observed.EXITED:
             return (Fail(instance.reason or INTERRUPTED),)
-    if len(view.new) < view.desired:
-        return (Start(view.desired - len(view.new)),)
-    if all(instance.observed is Observed.READY for instance in view.new):
-        return (Promote(),)
-    return ()
+    if any(instance.observed is not Observed.READY for instance in view.new):
+        return ()
+    missing = view.desired - len(view.new)
+    if missing > 0:
+        return (Start(min(missing, batch(view.desired))),)
+    return (Promote(),)
+
+
+def batch(desired: int) -> int:
+    """How many instances start at once: a quarter, so that a bad release shows before all of it has been started."""
+    return -(-desired // BATCHES)
 
 
 def _recreate(view: RolloutView) -> Sequence[Action]:
@@ -232,6 +239,8 @@ _STRATEGIES: dict[Strategy, Callable[[RolloutView], Sequence[Action]]] = {
 
 
 def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
+    if not view.desired:
+        return _retire(view.old)
     routed = any(instance.routed for instance in view.new)
     ready = tuple(instance.id for instance in view.new if instance.observed is Observed.READY)
     if not routed and ready:

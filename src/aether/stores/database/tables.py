@@ -59,6 +59,15 @@ applications = sa.Table(
     _time("deleting_at", nullable=True),
 )
 
+formations = sa.Table(
+    "formations",
+    metadata,
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("process", sa.String(40), primary_key=True),
+    sa.Column("quantity", sa.Integer, nullable=False),
+    sa.CheckConstraint("quantity BETWEEN 0 AND 50", name="quantity"),
+)
+
 uploads = sa.Table(
     "uploads",
     metadata,

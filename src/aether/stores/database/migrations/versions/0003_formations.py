@@ -1,0 +1,21 @@
+"""How many instances of each process type an app wants."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "formations",
+        sa.Column("app_id", sa.String(length=36), nullable=False),
+        sa.Column("process", sa.String(length=40), nullable=False),
+        sa.Column("quantity", sa.Integer(), nullable=False),
+        sa.CheckConstraint("quantity BETWEEN 0 AND 50", name=op.f("ck_formations_quantity")),
+        sa.ForeignKeyConstraint(
+            ["app_id"], ["applications.id"], name=op.f("fk_formations_app_id_applications"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("app_id", "process", name=op.f("pk_formations")),
+    )
