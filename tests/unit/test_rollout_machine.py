@@ -20,8 +20,11 @@ from aether.rollout.machine import (
     Promote,
     Reason,
     RestoreOld,
+    RollBack,
+    RolledBack,
     RolloutView,
     Route,
+    Shift,
     Start,
     Stop,
     Strategy,
@@ -33,6 +36,7 @@ from aether.rollout.machine import (
 
 S = DeploymentStatus
 BOOM = Reason("exited", "the app exited with code 1")
+TRYING = (Strategy.CANARY, Strategy.BLUEGREEN)
 LIVE = (Observed.STARTING, Observed.READY, Observed.DRAINING, Observed.DRAINED, Observed.STOPPING)
 
 
@@ -54,6 +58,12 @@ class World:
     route: tuple[str, ...] = ()
     counter: int = 0
     old_stopped_by_us: bool = False
+    at: int = 0
+    """Applied by the present server; what is on record is `reached`."""
+    reached: int = 0
+    step_ends: float = 0.0
+    passed: bool = False
+    refused: Reason | None = None
 
     def __post_init__(self) -> None:
         if self.old_runs:
@@ -77,6 +87,12 @@ class World:
             old=views(self.old),
             new=views(self.new),
             old_held=self.held,
+            steps={Strategy.CANARY: 3, Strategy.BLUEGREEN: 1}.get(self.strategy, 0),
+            step=self.at,
+            reached=self.reached,
+            step_ends=self.step_ends,
+            passed=self.passed,
+            refused=self.refused if self.status is S.ROLLING_OUT else None,
         )
 
     # --- what a server does with the actions
@@ -107,9 +123,31 @@ class World:
                 for _ in range(count):
                     self.counter += 1
                     self.new[f"new-{self.counter}"] = Observed.STARTING
+            case Shift(step):
+                assert self.strategy in TRYING
+                assert self.status is S.ROLLING_OUT
+                assert self.refused is None, "a refused release got more traffic"
+                assert step == max(1, self.reached) if not self.at else step == self.at + 1
+                assert all(o is Observed.READY for o in self.new.values())
+                self.at = self.reached = step
+                self.step_ends, self.passed = self.now + 30, False
+                self.route = (*(i for i in self.route if i in self.old), *self.new)
+            case RollBack(reason):
+                assert reason.message
+                assert self.reached, "nothing to take back"
+                self.move(S.ROLLING_BACK)
+                self.leave_trial()
+            case RolledBack():
+                assert not any(o in LIVE for o in self.new.values()), "the rollback is not through"
+                self.move(S.ROLLED_BACK)
             case Promote():
+                if self.strategy in TRYING and self.old and self.desired:
+                    assert self.at == self.view().steps, "traffic was not moved step by step"
+                    assert self.passed or self.now >= self.step_ends
+                    assert self.refused is None
                 assert len(self.new) >= self.desired
                 assert all(o is Observed.READY for o in self.new.values())
+                self.route = tuple(i for i in self.route if i in self.new) or self.route
                 self.fit(self.new)
                 self.move(S.ACTIVE)
                 if self.old_status is not None:
@@ -167,9 +205,16 @@ class World:
     def check(self) -> None:
         statuses = [self.status, self.old_status]
         assert statuses.count(S.ACTIVE) <= 1, "two active releases"
-        if self.strategy is Strategy.ROLLING and self.old_runs and self.status is not S.ACTIVE:
-            alive = [i for i, o in self.old.items() if o is Observed.READY]
-            assert set(self.route) == set(alive), "the old release does not serve although it could"
+        if self.strategy is not Strategy.RECREATE and self.old_runs and self.status is not S.ACTIVE:
+            alive = {i for i, o in self.old.items() if o is Observed.READY}
+            if not self.at:
+                assert set(self.route) == alive, "the old release does not serve although it could"
+            assert set(self.route) >= alive, "the old release was given up before the promotion"
+
+    def leave_trial(self) -> None:
+        self.at = 0
+        if self.old_runs:
+            self.route = tuple(i for i in self.route if i in self.old)
 
     # --- what happens to it
 
@@ -192,8 +237,9 @@ class World:
                 elif not self.held and self.status is not S.ACTIVE:
                     self.first(self.old, Observed.EXITED, Observed.STARTING)
                     self.first(self.old, Observed.STARTING, Observed.READY)
-                    if not any(i in self.new for i in self.route):
-                        self.route = tuple(i for i, o in self.old.items() if o is Observed.READY)
+                    trial = tuple(i for i in self.route if i in self.new)
+                    if not trial or self.at:
+                        self.route = (*(i for i, o in self.old.items() if o is Observed.READY), *trial)
             case "drained":
                 for group in (self.old, self.new):
                     self.first(group, Observed.DRAINING, Observed.DRAINED)
@@ -201,8 +247,12 @@ class World:
                 for group in (self.old, self.new):
                     self.first(group, Observed.STOPPING, Observed.EXITED)
             case "cancel":
-                if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT):
+                if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ROLLING_BACK):
                     self.move(S.CANCELLED)
+            case "good" if self.at:
+                self.passed = True
+            case "bad" if self.at and self.status is S.ROLLING_OUT:
+                self.refused = BOOM
             case "more" | "fewer":
                 self.desired = min(6, max(0, self.desired + (1 if what == "more" else -1)))
                 if self.status is S.ACTIVE:
@@ -214,6 +264,9 @@ class World:
             case "crash":
                 # the successor finds instances as they are, but knows nothing of drains and looks at the folder again
                 self.artifact = ArtifactState.ABSENT
+                self.refused, self.passed = None, False
+                if self.status is not S.ACTIVE:
+                    self.leave_trial()
                 for group in (self.old, self.new):
                     for i, o in group.items():
                         if o in (Observed.DRAINING, Observed.DRAINED):
@@ -231,7 +284,7 @@ class World:
 
 EVENTS = [
     "unpacked", "unpack fails", "new ready", "new exits", "old exits", "old ready", "drained", "stopped", "cancel",
-    "time", "crash", "decide", "more", "fewer",
+    "time", "crash", "decide", "more", "fewer", "good", "good", "bad",
 ]  # fmt: skip
 
 
@@ -280,7 +333,7 @@ def test_the_straight_way(strategy: Strategy, desired: int) -> None:
         world.step()
         if world.status is not seen[-1]:
             seen.append(world.status)
-        for event in ("unpacked", "new ready", "drained", "stopped"):
+        for event in ("unpacked", "new ready", "drained", "stopped", "good"):
             world.happen(event)
     assert seen == [S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ACTIVE]
     assert finished(world.view())
@@ -331,8 +384,30 @@ def test_a_promoted_release_that_fell_over_keeps_the_old_one_serving_until_the_d
     assert list(decide(waiting, 10)) == [Drain(("o",))]
 
 
-def test_an_interrupted_rollback_fails() -> None:
-    assert isinstance(decide(view(status=S.ROLLING_BACK), 0)[0], Fail)
+def test_an_interrupted_rollback_goes_on() -> None:
+    trial = (InstanceView("n", Observed.READY, routed=True), InstanceView("m", Observed.STARTING))
+    assert list(decide(view(status=S.ROLLING_BACK, new=trial), 99)) == [Drain(("n",)), Stop(("m",))]
+    assert decide(view(status=S.ROLLING_BACK, new=(InstanceView("n", Observed.EXITED),)), 99) == (RolledBack(),)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.CANARY, Strategy.BLUEGREEN])
+def test_a_release_on_trial_is_rolled_back_for_every_reason(strategy: Strategy) -> None:
+    old = (InstanceView("o", Observed.READY, routed=True),)
+    new = (InstanceView("n", Observed.READY, routed=True),)
+    trial = {"strategy": strategy, "steps": 3, "step": 1, "reached": 1, "step_ends": 5.0, "old": old, "new": new}
+    assert decide(view(**trial), 4) == ()
+    assert wakes_at(view(**trial), 4) == 4.25
+    assert decide(view(**trial, refused=BOOM), 4) == (RollBack(BOOM),)
+    assert decide(view(**{**trial, "new": (InstanceView("n", Observed.EXITED, reason=BOOM),)}), 4) == (
+        RollBack(BOOM),
+    )
+    assert isinstance(decide(view(**trial), 10)[0], RollBack), "the deadline"
+    assert decide(view(**trial, passed=True), 4) == (Shift(2),)
+    assert decide(view(**trial), 5) == (Shift(2),)
+    assert decide(view(**{**trial, "step": 3, "reached": 3}), 5) == (Promote(),)
+    assert decide(view(**{**trial, "step": 0, "reached": 2}), 4) == (Shift(2),), "a successor goes on where it was"
+    # a release that nobody can be compared with
+    assert decide(view(**{**trial, "step": 0, "reached": 0, "old": ()}), 4) == (Promote(),)
 
 
 def test_nothing_wakes_a_finished_rollout() -> None:

@@ -12,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.model.deployment import UNDER_WAY, DeploymentStatus
 from aether.model.errors import NotFound
+from aether.rollout.gates import Shift
+from aether.rollout.machine import Strategy
 from aether.stores.database.tables import applications, artifacts, configs, deployments, formations
 
 WEB = "web"
@@ -82,6 +84,9 @@ class DeploymentRow:
     env: Mapping[str, str]
     health: Health
     timeout_secs: float
+    rollout: Shift
+    rollout_step: int
+    """The newest step in which traffic was moved, counted from 1."""
     description: str
     rollback_of: str | None
     idempotency_key: str | None
@@ -93,12 +98,24 @@ class DeploymentRow:
     rollout_started_at: int | None
     rollout_completed_at: int | None
 
+    @property
+    def shift(self) -> Shift | None:
+        """How traffic moves, None for a strategy that does not move it in steps."""
+        return self.rollout.for_strategy(Strategy(self.strategy))
+
+    @property
+    def longest_secs(self) -> float:
+        """What the rollout may take in all: its timeout, and the steps twice, since a new server repeats one."""
+        shift = self.shift
+        return self.timeout_secs + (0.0 if shift is None else 2 * shift.total_secs)
+
 
 _DEPLOYMENT = (
     deployments.c.id, deployments.c.app_id, applications.c.name.label("app"), deployments.c.artifact_id,
     deployments.c.digest, artifacts.c.content_digest, deployments.c.config_version, deployments.c.release,
     deployments.c.status, deployments.c.strategy, deployments.c.runtime, deployments.c.command, deployments.c.env,
-    deployments.c.health, deployments.c.timeout_secs, deployments.c.description, deployments.c.rollback_of,
+    deployments.c.health, deployments.c.timeout_secs, deployments.c.rollout, deployments.c.rollout_step,
+    deployments.c.description, deployments.c.rollback_of,
     deployments.c.idempotency_key, deployments.c.created_by, deployments.c.trace_id, deployments.c.error,
     deployments.c.epoch, deployments.c.created_at, deployments.c.rollout_started_at,
     deployments.c.rollout_completed_at,
@@ -118,6 +135,7 @@ def deployment_of(row: sa.Row[Any]) -> DeploymentRow:
     values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage]
     values["status"] = DeploymentStatus(values["status"])
     values["env"] = json.loads(values["env"])
+    values["rollout"] = Shift.from_json(values["rollout"])
     values["health"] = Health.from_json(values["health"])
     values["error"] = DeploymentError.from_json(values["error"]) if values["error"] else None
     return DeploymentRow(**values)

@@ -21,6 +21,8 @@ from aether.apps.runner import Group, Runner
 from aether.model.deployment import SETTLED, UNDER_WAY, DeploymentStatus
 from aether.model.errors import AetherError, ServiceUnavailable
 from aether.model.times import now_us
+from aether.model.traffic import Traffic
+from aether.rollout.gates import Verdict, judge, told
 from aether.rollout.machine import (
     Action,
     ArtifactState,
@@ -32,8 +34,11 @@ from aether.rollout.machine import (
     Promote,
     Reason,
     RestoreOld,
+    RollBack,
+    RolledBack,
     RolloutView,
     Route,
+    Shift,
     Start,
     Stop,
     Strategy,
@@ -97,6 +102,14 @@ class Rollout:
         self._old: Group | None = None
         self._new: Group | None = None
         self._deadline = asyncio.get_running_loop().time() + (deadline_us(row) - now_us()) / 1e6
+        self._shift = row.shift
+        self._patience = row.longest_secs - row.timeout_secs
+        self._step = 0
+        self._step_ends = 0.0
+        self._reached = row.rollout_step
+        self._before_step = Traffic()
+        self._counted = Traffic(), Traffic()
+        """Of the new release in this step, and of the old one in all of them."""
         self._stale = False
         self.released = asyncio.Event()
         self._wake = runner.listen()
@@ -143,10 +156,17 @@ class Rollout:
                         await self._wake.wait()
 
     def _view(self) -> RolloutView:
+        passed, refused = self._judged()
         return RolloutView(
             status=self._status,
             strategy=Strategy(self.row.strategy),
-            deadline=self._deadline,
+            deadline=self._deadline + (self._patience if self._reached else 0.0),
+            steps=0 if self._shift is None else len(self._shift.steps),
+            step=self._step,
+            reached=self._reached,
+            step_ends=self._step_ends,
+            passed=passed,
+            refused=refused,
             desired=self._runner.desired,
             artifact=self._artifact,
             artifact_reason=self._artifact_reason,
@@ -154,6 +174,37 @@ class Rollout:
             new=self._runner.views(self._new) if self._new is not None else (),
             old_held=self._held,
         )
+
+    def _judged(self) -> tuple[bool, Reason | None]:
+        if self._shift is None or not self._step or self._status is not DeploymentStatus.ROLLING_OUT:
+            return False, None
+        new, old = self._runner.traffic()
+        self._counted = new.since(self._before_step), old
+        verdict = judge(self._shift, *self._counted)
+        return verdict is Verdict.GOOD, verdict if isinstance(verdict, Reason) else None
+
+    async def _move_traffic(self, step: int) -> None:
+        """Record first, then do: a successor may repeat a step, never miss that one was begun."""
+        if self._shift is None:
+            raise RuntimeError(f"{self.row.strategy} does not move traffic in steps")
+        percent, secs = self._shift.steps[step - 1], self._shift.step_secs
+        until = (
+            f"for at most {secs:g} s" if self._shift.early else f"for {secs:g} s, with the old release standing by"
+        )
+        before = f"; before: {told(*self._counted)}" if self._step else ""
+        await self._ledger.step(
+            self._claim, step, f"{percent}% of the requests go to the new release {until}{before}"
+        )
+        self._step = self._reached = step
+        self._runner.begin_trial(self._group(), percent)
+        self._before_step, _ = self._runner.traffic()
+        self._counted = Traffic(), Traffic()
+        self._step_ends = asyncio.get_running_loop().time() + secs
+
+    async def _roll_back(self, reason: Reason) -> None:
+        error = await self._explained(reason)
+        await self._move(DeploymentStatus.ROLLING_BACK, f"{reason.message}; the old release serves", error=error)
+        self._runner.end_trial()
 
     async def _reread(self) -> bool:
         """False when the database is away and this must be tried again.
@@ -218,8 +269,15 @@ class Rollout:
                     served = replica.backend is not None
                     grace = self._options.stop_grace_secs
                     self._beside(replica.stop(grace if served else min(grace, _NEVER_SERVED_GRACE_SECS)))
+            case Shift(step):
+                await self._move_traffic(step)
+            case RollBack(reason):
+                await self._roll_back(reason)
+            case RolledBack():
+                await self._move(DeploymentStatus.ROLLED_BACK, "nothing of the new release is left")
             case Fail(reason):
-                await self._fail(reason)
+                error = await self._explained(reason)
+                await self._move(DeploymentStatus.FAILED, error.message, error=error)
 
     async def _give_up(self) -> None:
         reason = Reason("internal", "the rollout failed for a reason that is the server's; its log tells more")
@@ -281,11 +339,11 @@ class Rollout:
         if ready:
             slowest = max(replica.gate_secs for replica in ready)
             several = f"{len(ready)} instances, " if len(ready) > 1 else ""
-            told = f"{several}healthy {slowest:.2f} s after the start"
+            note = f"{several}healthy {slowest:.2f} s after the start"
         else:
-            told = "the app is scaled to 0: nothing was started, so nothing is known of the release's health"
+            note = "the app is scaled to 0: nothing was started, so nothing is known of the release's health"
         ids = [replica.instance_id for replica in ready]
-        await self._ledger.promote(self._claim, ids, [(DeploymentStatus.ROLLING_OUT.value, told)])
+        await self._ledger.promote(self._claim, ids, [(DeploymentStatus.ROLLING_OUT.value, note)])
         self._take_over(group)
 
     def _take_over(self, group: Group) -> None:
@@ -294,14 +352,15 @@ class Rollout:
         self._runner.promote(group)
         self.released.set()
 
-    async def _fail(self, reason: Reason) -> None:
+    async def _explained(self, reason: Reason) -> DeploymentError:
+        """The reason as the record keeps it: more precise where an instance is to blame, with its last lines."""
         tail: list[str] = []
         if self._new is not None and self._new.replicas:
             replica = min(self._new.replicas, key=_soundness)
-            reason = await replica.explain() or reason
+            if replica.observed is not Observed.READY:
+                reason = await replica.explain() or reason
             tail = await self._options.log_tail(replica.instance_id, self._runner.app, LOG_TAIL_LINES)
-        error = DeploymentError(reason.code, reason.message, tuple(tail))
-        await self._move(DeploymentStatus.FAILED, reason.message, error=error)
+        return DeploymentError(reason.code, reason.message, tuple(tail))
 
 
 def _soundness(replica: Replica) -> int:

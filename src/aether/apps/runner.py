@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from aether.apps.ports import Backend
 from aether.apps.replica import Drivers, Launch, Replica
 from aether.apps.tasks import Tasks
+from aether.model.traffic import Traffic
 from aether.rollout.machine import InstanceView, Observed
 
 CLOSED = "the app is stopped: it is scaled to 0 instances"
@@ -86,7 +87,8 @@ class Runner:
         self.leaving: list[Replica] = []
         """Replicas that a smaller number of instances has no place for, until they are gone."""
         self.routed: list[Backend] = []
-        self._closed: str | None = None
+        self._trial: tuple[Group, int] | None = None
+        self._told: tuple[object, ...] | None = None
         self._listeners: list[asyncio.Event] = []
         drivers.router.route(app, [])
         self.changed()
@@ -101,6 +103,8 @@ class Runner:
             self.groups.remove(group)
         if self.fallback is group:
             self.fallback = None
+        if self._trial is not None and self._trial[0] is group:
+            self.end_trial()
 
     def promote(self, group: Group) -> None:
         """Make `group` the app's release; the one before it is no longer restarted and serves only until then."""
@@ -110,7 +114,21 @@ class Runner:
             self.fallback = before
         self.active = group
         self.held = False
+        self._trial = None
         self.keep_up()
+
+    def begin_trial(self, group: Group, percent: int) -> None:
+        """Give `group` so many in a hundred requests; the active release gets the others."""
+        self._trial = group, percent
+        self.changed()
+
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """What the release on trial and the active one have answered since the trial began."""
+        return self.drivers.router.traffic(self.app)
+
+    def end_trial(self) -> None:
+        self._trial = None
+        self.changed()
 
     def scale(self, desired: int) -> None:
         """Run `desired` instances of the active release from now on, and of the one that is rolled out."""
@@ -159,10 +177,13 @@ class Runner:
         serving: list[Backend] = []
         for group in (self.active, self.fallback):
             serving = serving or (group.serving() if group is not None else [])
+        trial, percent = ([], 0) if self._trial is None else (self._trial[0].serving(), self._trial[1])
         closed = None if self.desired else CLOSED
-        if serving != self.routed or closed != self._closed:
-            self.routed, self._closed = serving, closed
-            self.drivers.router.route(self.app, serving, closed=closed)
+        told = serving, trial, percent, closed
+        if told != self._told:
+            self._told = told
+            self.routed = [*serving, *trial]
+            self.drivers.router.route(self.app, serving, closed=closed, trial=trial, percent=percent)
         for listener in self._listeners:
             listener.set()
 
@@ -187,7 +208,7 @@ class Runner:
     async def stop(self, grace_secs: float) -> None:
         """End every instance of the app."""
         self.drivers.router.route(self.app, [])
-        self.routed = []
+        self.routed, self._trial = [], None
         await asyncio.gather(
             *(group.stop(grace_secs) for group in self.groups),
             *(replica.stop(grace_secs) for replica in self.leaving),

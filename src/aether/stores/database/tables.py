@@ -135,6 +135,8 @@ deployments = sa.Table(
     sa.Column("env", sa.Text, nullable=False, server_default="{}"),
     sa.Column("health", sa.Text, nullable=False, server_default="{}"),
     sa.Column("timeout_secs", sa.Float, nullable=False),
+    sa.Column("rollout", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("rollout_step", sa.Integer, nullable=False, server_default="0"),
     sa.Column("description", sa.String(300), nullable=False, server_default=sa.text("''")),
     sa.Column("rollback_of", sa.String(36), nullable=True),
     sa.Column("idempotency_key", sa.String(200), nullable=True),

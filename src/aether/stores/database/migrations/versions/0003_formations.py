@@ -1,4 +1,4 @@
-"""How many instances of each process type an app wants."""
+"""How many instances of each process type an app wants; how far and by which rules traffic moves in a rollout."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -19,3 +19,6 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("app_id", "process", name=op.f("pk_formations")),
     )
+    with op.batch_alter_table("deployments", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("rollout", sa.Text(), server_default="{}", nullable=False))
+        batch_op.add_column(sa.Column("rollout_step", sa.Integer(), server_default="0", nullable=False))
