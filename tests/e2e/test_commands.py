@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -169,3 +170,31 @@ def test_an_app_is_scaled_and_stopped(up: Product, tmp_path: Path) -> None:
     assert up.get("wide")[0] == 503
     assert up.run("scale", "web=51", "--app", "wide", check=False).code == 2
     assert up.run("scale", "--app", "wide").stdout.strip() == "wide: web 0 (stopped)"
+
+
+def test_a_canary_shows_its_steps_and_a_bad_one_is_rolled_back(up: Product, tmp_path: Path) -> None:
+    project = node_app(tmp_path / "trial", HELLO % "old")
+    (project / "aether.toml").write_text('[rollout]\nstrategy = "canary"\nsteps = [50, 100]\nstep_secs = 1\n')
+    up.deploy(project)
+    node_app(project, HELLO % "new", name="trial")
+    done = up.run("deploy", str(project))
+    assert "50% of the requests" in done.stderr
+    assert "100% of the requests" in done.stderr
+    assert "release v2 is serving" in done.stderr
+    ill = HELLO.replace("response.end(", "response.writeHead(request.headers['user-agent'] ? 200 : 500).end(") % "ill"
+    node_app(project, ill, name="trial")
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            up.get("trial")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    failed = up.run("deploy", str(project), "--strategy", "bluegreen", "--bake-time", "60", check=False)
+    stop.set()
+    asking.join()
+    assert failed.code == 50
+    assert "answers of the new release were errors" in failed.stderr
+    assert "release v2 keeps serving" in failed.stderr
+    assert up.get("trial") == (200, "new\n")

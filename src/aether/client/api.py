@@ -192,6 +192,7 @@ class Api:
         health: Health | None = None,
         strategy: str = "rolling",
         timeout_secs: int = 120,
+        rollout: Mapping[str, Any] | None = None,
         description: str | None = None,
         idempotency_key: str | None = None,
     ) -> tuple[Deployment, bool]:
@@ -207,6 +208,8 @@ class Api:
         }
         if health is not None:
             content["health"] = health
+        if rollout:
+            content["rollout"] = dict(rollout)
         if description is not None:
             content["description"] = description
         reply = self.transport.request("POST", "/deployments", content=content, **_key(idempotency_key))

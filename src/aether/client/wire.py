@@ -66,6 +66,7 @@ class Deployment(TypedDict):
     command: str
     status: str
     strategy: str
+    longest_secs: float
     release: int | None
     description: str | None
     rollback_of: str | None
