@@ -19,6 +19,6 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("app_id", "process", name=op.f("pk_formations")),
     )
-    with op.batch_alter_table("deployments", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("rollout", sa.Text(), server_default="{}", nullable=False))
-        batch_op.add_column(sa.Column("rollout_step", sa.Integer(), server_default="0", nullable=False))
+    # not as a batch: one that copies the table would delete, by their references, every event and instance
+    op.add_column("deployments", sa.Column("rollout", sa.Text(), server_default="{}", nullable=False))
+    op.add_column("deployments", sa.Column("rollout_step", sa.Integer(), server_default="0", nullable=False))
