@@ -51,6 +51,7 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
     ("GET", "/apps/{app}/deployments"): ("/apps/shop/deployments", None, 401, 200, 200, 404, 200),
     ("GET", "/apps/{app}/releases"): ("/apps/shop/releases", None, 401, 200, 200, 404, 200),
     ("POST", "/apps/{app}/rollback"): ("/apps/shop/rollback", {"digest": "?"}, 401, 403, 400, 404, 400),
+    ("POST", "/apps/{app}/scale"): ("/apps/shop/scale", {"web": 99}, 401, 403, 400, 404, 400),
     ("GET", "/apps/{app}/config"): ("/apps/shop/config", None, 401, 200, 200, 404, 200),
     ("PUT", "/apps/{app}/config"): ("/apps/shop/config", {}, 401, 403, 200, 404, 200),
     ("GET", "/apps/{app}/logs"): ("/apps/shop/logs", None, 401, 200, 200, 404, 200),

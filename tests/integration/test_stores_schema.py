@@ -72,6 +72,35 @@ async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     await database.close()
 
 
+async def test_migrations_keep_what_there_is(tmp_path: Path) -> None:
+    rows = (
+        ("applications", {"id": "a", "name": "a", "owner": "o", "created_at": 1}),
+        ("artifacts", {"id": "f", "app_id": "a", "digest": "d", "size_bytes": 1, "status": "stored",
+                       "storage_key": "k", "created_at": 1}),
+        ("deployments", {"id": "d", "app_id": "a", "artifact_id": "f", "digest": "d", "config_version": 0,
+                         "status": "active", "strategy": "rolling", "command": "c", "timeout_secs": 1.0,
+                         "created_by": "o", "created_at": 1}),
+        ("deployment_events", {"deployment_id": "d", "phase": "active", "message": "m", "timestamp": 1}),
+        ("instances", {"id": "i", "app_id": "a", "deployment_id": "d", "status": "ready", "created_at": 1}),
+    )  # fmt: skip
+    database = database_at(tmp_path)
+
+    def old(connection: sa.Connection) -> None:
+        command.upgrade(schema.config(connection), "0001")
+        for table, values in rows:
+            names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+            connection.execute(sa.text(f"INSERT INTO {table} ({names}) VALUES ({places})"), values)
+
+    async with database.write() as tx:
+        await tx.run_sync(old)
+    await database.open()
+    async with database.read() as tx:
+        assert await tx.run_sync(schema.current) == schema.HEAD
+        for table, _ in rows:
+            assert (await tx.execute(sa.text(f"SELECT count(*) FROM {table}"))).scalar() == 1, table
+    await database.close()
+
+
 async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
     database = database_at(tmp_path)
     await database.open()

@@ -81,6 +81,7 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/apps/{app}/deployments"): Rule(_READER, Owns.APP),
     ("GET", "/apps/{app}/releases"): Rule(_READER, Owns.APP),
     ("POST", "/apps/{app}/rollback"): Rule(_DEPLOYER, Owns.APP),
+    ("POST", "/apps/{app}/scale"): Rule(_DEPLOYER, Owns.APP),
     ("GET", "/apps/{app}/config"): Rule(_READER, Owns.APP),
     ("PUT", "/apps/{app}/config"): Rule(_DEPLOYER, Owns.APP),
     ("GET", "/apps/{app}/logs"): Rule(_READER, Owns.APP),

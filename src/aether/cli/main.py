@@ -27,6 +27,7 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "deploy": "build, pack, upload and roll out a project",
         "rollback": "make an earlier release the active one again",
         "releases": "list the releases of an app, or compare two",
+        "scale": "show and change how many instances of an app run",
         "config": "show and change the environment of an app",
     },
     "Look": {

@@ -203,6 +203,10 @@ class Api:
         content = {key: value for key, value in named.items() if value is not None}
         return self._send("POST", f"{_app(name)}/rollback", content, **_key(idempotency_key))
 
+    def scale(self, name: str, sizes: Mapping[str, int]) -> App:
+        """Have so many instances of each process type run; answers before they do."""
+        return self._send("POST", f"{_app(name)}/scale", dict(sizes), repeatable=True)
+
     def config(self, name: str) -> Config:
         return self._get(f"{_app(name)}/config")
 
@@ -247,6 +251,7 @@ class Api:
         health: Health | None = None,
         strategy: str = "rolling",
         timeout_secs: int = 120,
+        rollout: Mapping[str, Any] | None = None,
         description: str | None = None,
         idempotency_key: str | None = None,
     ) -> tuple[Deployment, bool]:
@@ -262,6 +267,8 @@ class Api:
         }
         if health is not None:
             content["health"] = health
+        if rollout:
+            content["rollout"] = dict(rollout)
         if description is not None:
             content["description"] = description
         reply = self.transport.request("POST", "/deployments", content=content, **_key(idempotency_key))

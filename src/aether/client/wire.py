@@ -6,7 +6,7 @@ Times are ISO-8601 UTC with microseconds and `Z`; sizes are bytes.
 from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
 Item = TypeVar("Item")
-AppStatus = Literal["running", "starting", "degraded", "failed", "empty"]
+AppStatus = Literal["running", "starting", "degraded", "stopped", "failed", "empty"]
 
 
 class Page(TypedDict, Generic[Item]):
@@ -66,6 +66,7 @@ class Deployment(TypedDict):
     command: str
     status: str
     strategy: str
+    longest_secs: float
     release: int | None
     description: str | None
     rollback_of: str | None

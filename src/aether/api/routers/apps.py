@@ -125,6 +125,13 @@ async def rollback(app: FromPath[str], data: JSONBody[Rollback], services: Deps,
     return deployment_view(row, apps)
 
 
+@post("/apps/{app:str}/scale", status_code=200, tags=["apps"])
+async def scale(app: FromPath[str], data: JSONBody[dict[str, int]], services: Deps) -> App:
+    """How many instances of each process type run, as in {"web": 3}: 0 (stopped) to 50. Answers at once."""
+    apps = apps_of(services)
+    return app_view(await apps.catalogue.scale(app, data), apps)
+
+
 @get("/apps/{app:str}/config", tags=["apps"])
 async def show_config(app: FromPath[str], services: Deps, caller: Caller) -> ConfigView:
     """The app's variables."""
@@ -146,5 +153,6 @@ async def change_config(
 
 
 HANDLERS = [
-    create_app, list_apps, show_app, delete_app, app_deployments, app_releases, rollback, show_config, change_config,
+    create_app, list_apps, show_app, delete_app, app_deployments, app_releases, rollback, scale, show_config,
+    change_config,
 ]  # fmt: skip

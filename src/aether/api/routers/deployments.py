@@ -25,8 +25,10 @@ from aether.model.deployment import DeploymentStatus
 from aether.model.errors import BadRequest
 from aether.model.times import to_iso
 from aether.observability import tracing
+from aether.rollout.gates import Shift
 
 KEEP_ALIVE_SECS = 15.0
+_USUAL = Shift()
 _KEEP_ALIVE = b": keep-alive\n\n"
 AppFilter = Annotated[str | None, QueryParameter(name="app", description="Only this app's.")]
 StatusFilter = Annotated[DeploymentStatus | None, QueryParameter(name="status", description="Only in this state.")]
@@ -42,8 +44,27 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True):
     port: int | None = None
 
 
+class RolloutRules(msgspec.Struct, forbid_unknown_fields=True):
+    """How canary and bluegreen move traffic. `steps` are percentages rising to 100; a step ends after `min_requests`
+    good answers or `step_secs`; bluegreen can switch back for `bake_secs`. The error rate is a fraction, the latency
+    a multiple of the old release's mean."""
+
+    steps: tuple[int, ...] = _USUAL.steps
+    step_secs: float = _USUAL.step_secs
+    bake_secs: float = _USUAL.bake_secs
+    min_requests: int = _USUAL.min_requests
+    max_error_rate: float = _USUAL.max_error_rate
+    max_latency_ratio: float = _USUAL.max_latency_ratio
+
+    def shift(self) -> Shift:
+        return Shift(
+            self.steps, self.step_secs, self.bake_secs, self.min_requests, self.max_error_rate, self.max_latency_ratio
+        )
+
+
 class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
-    """`timeout_secs` bounds the whole rollout; `strategy` is rolling or recreate."""
+    """`strategy` is rolling, recreate, canary or bluegreen; `timeout_secs` bounds the time until the new release is
+    healthy."""
 
     app: str
     digest: str
@@ -53,6 +74,7 @@ class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
     health: HealthCheck | None = None
     strategy: str = "rolling"
     timeout_secs: float = 120.0
+    rollout: RolloutRules | None = None
     description: Annotated[str, msgspec.Meta(max_length=300)] | None = None
 
 
@@ -88,6 +110,7 @@ async def create_deployment(
         health=Health(path, data.health.port if data.health else None),
         strategy=data.strategy,
         timeout_secs=data.timeout_secs,
+        rollout=data.rollout.shift() if data.rollout else Shift(),
         description=data.description or "",
     )
     author = Author(caller.name, tracing.trace_id.get())

@@ -157,6 +157,15 @@ applications = sa.Table(
     _time("deleting_at", nullable=True),
 )
 
+formations = sa.Table(
+    "formations",
+    metadata,
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("process", sa.String(40), primary_key=True),
+    sa.Column("quantity", sa.Integer, nullable=False),
+    sa.CheckConstraint("quantity BETWEEN 0 AND 50", name="quantity"),
+)
+
 uploads = sa.Table(
     "uploads",
     metadata,
@@ -224,6 +233,8 @@ deployments = sa.Table(
     sa.Column("env", sa.Text, nullable=False, server_default="{}"),
     sa.Column("health", sa.Text, nullable=False, server_default="{}"),
     sa.Column("timeout_secs", sa.Float, nullable=False),
+    sa.Column("rollout", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("rollout_step", sa.Integer, nullable=False, server_default="0"),
     sa.Column("description", sa.String(300), nullable=False, server_default=sa.text("''")),
     sa.Column("rollback_of", sa.String(36), nullable=True),
     sa.Column("idempotency_key", sa.String(200), nullable=True),
