@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -156,3 +157,44 @@ def test_openapi_and_metrics(up: Product) -> None:
     status, page, _ = up.api("GET", "/swagger")
     assert status == 200
     assert b"https://" not in page.replace(b"https://spec.openapis.org", b""), "the page asks the internet"
+
+
+def test_an_app_is_scaled_and_stopped(up: Product, tmp_path: Path) -> None:
+    up.deploy(node_app(tmp_path / "wide", HELLO % "wide"))
+    done = up.run("scale", "web=3", "--app", "wide")
+    assert done.stdout.strip() == "wide: web 3 of 3 ready"
+    assert "3 of 3 ready" in up.run("status", "--app", "wide").stdout
+    assert re.search(r"wide +running +v1 +3/3", up.run("list", "--filter", "wide").stdout)
+    stopped = up.run("scale", "web=0", "--app", "wide", "--format", "json").json
+    assert (stopped["status"], stopped["instances"]) == ("stopped", {"desired": 0, "ready": 0})
+    assert up.get("wide")[0] == 503
+    assert up.run("scale", "web=51", "--app", "wide", check=False).code == 2
+    assert up.run("scale", "--app", "wide").stdout.strip() == "wide: web 0 (stopped)"
+
+
+def test_a_canary_shows_its_steps_and_a_bad_one_is_rolled_back(up: Product, tmp_path: Path) -> None:
+    project = node_app(tmp_path / "trial", HELLO % "old")
+    (project / "aether.toml").write_text('[rollout]\nstrategy = "canary"\nsteps = [50, 100]\nstep_secs = 1\n')
+    up.deploy(project)
+    node_app(project, HELLO % "new", name="trial")
+    done = up.run("deploy", str(project))
+    assert "50% of the requests" in done.stderr
+    assert "100% of the requests" in done.stderr
+    assert "release v2 is serving" in done.stderr
+    ill = HELLO.replace("response.end(", "response.writeHead(request.headers['user-agent'] ? 200 : 500).end(") % "ill"
+    node_app(project, ill, name="trial")
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            up.get("trial")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    failed = up.run("deploy", str(project), "--strategy", "bluegreen", "--bake-time", "60", check=False)
+    stop.set()
+    asking.join()
+    assert failed.code == 50
+    assert "answers of the new release were errors" in failed.stderr
+    assert "release v2 keeps serving" in failed.stderr
+    assert up.get("trial") == (200, "new\n")

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from support.server import Server, hello, server, wait_for
+from support.traffic import Hammer
 
 NEVER_LISTENS = {"server.js": "console.log('idle hands'); setInterval(() => {}, 1000);"}
 EXITS = {"server.js": "console.error('no database'); process.exit(7);"}
@@ -30,34 +31,6 @@ DEAF = {
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with server(tmp_path_factory.mktemp("up"), AETHER_STOP_GRACE_SECS="1") as it:
         yield it
-
-
-class Hammer:
-    """Requests without pause from several threads, each connection used once."""
-
-    def __init__(self, up: Server, app: str) -> None:
-        self._up, self._app = up, app
-        self._stop = threading.Event()
-        self.answers: list[tuple[int, str]] = []
-        self.failures: list[Exception] = []
-        self._threads = [threading.Thread(target=self._run) for _ in range(4)]
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.answers.append(self._up.get(self._app))
-            except Exception as error:
-                self.failures.append(error)
-
-    def __enter__(self) -> Hammer:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def newest(up: Server, app: str) -> dict[str, object]:

@@ -1,17 +1,23 @@
 """The migrations produce exactly the tables that the code declares."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from aether.identity.secrets import hash_token
+from aether.identity.service import Identity
 from aether.model.errors import ConfigError
+from aether.model.times import now_us
+from aether.settings import StaticToken
 from aether.stores.database import schema
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import metadata
@@ -66,6 +72,35 @@ async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     await database.close()
 
 
+async def test_migrations_keep_what_there_is(tmp_path: Path) -> None:
+    rows = (
+        ("applications", {"id": "a", "name": "a", "owner": "o", "created_at": 1}),
+        ("artifacts", {"id": "f", "app_id": "a", "digest": "d", "size_bytes": 1, "status": "stored",
+                       "storage_key": "k", "created_at": 1}),
+        ("deployments", {"id": "d", "app_id": "a", "artifact_id": "f", "digest": "d", "config_version": 0,
+                         "status": "active", "strategy": "rolling", "command": "c", "timeout_secs": 1.0,
+                         "created_by": "o", "created_at": 1}),
+        ("deployment_events", {"deployment_id": "d", "phase": "active", "message": "m", "timestamp": 1}),
+        ("instances", {"id": "i", "app_id": "a", "deployment_id": "d", "status": "ready", "created_at": 1}),
+    )  # fmt: skip
+    database = database_at(tmp_path)
+
+    def old(connection: sa.Connection) -> None:
+        command.upgrade(schema.config(connection), "0001")
+        for table, values in rows:
+            names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+            connection.execute(sa.text(f"INSERT INTO {table} ({names}) VALUES ({places})"), values)
+
+    async with database.write() as tx:
+        await tx.run_sync(old)
+    await database.open()
+    async with database.read() as tx:
+        assert await tx.run_sync(schema.current) == schema.HEAD
+        for table, _ in rows:
+            assert (await tx.execute(sa.text(f"SELECT count(*) FROM {table}"))).scalar() == 1, table
+    await database.close()
+
+
 async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
     database = database_at(tmp_path)
     await database.open()
@@ -81,3 +116,29 @@ async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
         "sys.exit('alembic' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+async def test_apps_and_tokens_from_before_there_were_users_stay_usable(tmp_path: Path) -> None:
+    database = database_at(tmp_path)
+
+    def first(connection: sa.Connection) -> None:
+        command.upgrade(schema.config(connection), "0001")
+        connection.execute(
+            sa.text("INSERT INTO applications (id, name, owner, created_at) VALUES ('a', 'shop', 'ann', 1)")
+        )
+        insert = "INSERT INTO tokens (id, token_hash, name, role, kind, created_at, expires_at) VALUES "
+        hashed = hash_token("aes_old")
+        connection.execute(sa.text(f"{insert} ('t', '{hashed}', 'admin', 'admin', 'session', 1, {now_us() * 2})"))
+
+    os.close(os.open(tmp_path / "aether.db", os.O_CREAT | os.O_RDWR, 0o600))
+    async with database.write() as tx:
+        await tx.run_sync(first)
+    await database.open()
+    identity = Identity(database, [StaticToken("plain", "deployer", "dan")])
+    for token in ("aes_old", "plain"):
+        caller = await identity.tokens.authenticate(token)
+        assert caller.owner == "default"
+        await identity.ownership.check_app(caller, "shop")
+    async with database.read() as tx:
+        assert (await tx.execute(sa.text("SELECT name, owner FROM applications"))).all() == [("shop", "default")]
+    await database.close()

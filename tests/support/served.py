@@ -13,11 +13,14 @@ from typing import Any
 
 import aiohttp
 import sqlalchemy as sa
+from argon2 import PasswordHasher
 
 from aether.api.app import create_api
 from aether.api.server import ApiServer, loopback_socket
 from aether.api.services import Services
-from aether.identity.tokens import TokenService
+from aether.identity.passwords import Passwords
+from aether.identity.roles import DEFAULT_TEAM
+from aether.identity.service import Identity
 from aether.model.names import new_id
 from aether.model.times import now_us
 from aether.observability.metrics import Metrics
@@ -28,6 +31,7 @@ from aether.stores.database.tables import applications
 from aether.stores.objects.filesystem import FilesystemObjects
 from aether.stores.objects.signing import UrlSigner, load_key
 
+_CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 TOKENS = {"AETHER_API_TOKENS": "tok-admin:admin:ann,tok-deployer:deployer:dan,tok-reader:reader:rob"}
 
 
@@ -49,8 +53,8 @@ class Served:
     def base(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def add_app(self, name: str) -> str:
-        return await add_app(self.database, name)
+    async def add_app(self, name: str, owner: str = DEFAULT_TEAM) -> str:
+        return await add_app(self.database, name, owner)
 
     async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
         """(status, decoded body)."""
@@ -92,10 +96,10 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-async def add_app(database: Database, name: str) -> str:
+async def add_app(database: Database, name: str, owner: str = DEFAULT_TEAM) -> str:
     app_id = new_id()
     async with database.write() as tx:
-        row = {"id": app_id, "name": name, "owner": "ann", "created_at": now_us()}
+        row = {"id": app_id, "name": name, "owner": owner, "created_at": now_us()}
         await tx.execute(sa.insert(applications).values(row))
     return app_id
 
@@ -111,7 +115,7 @@ async def served(folder: Path, objects_root: Path | None = None, **environ: str)
     registry = Registry(database, objects, settings, metrics)
     services = Services(
         settings,
-        TokenService(database, settings.api_tokens, required=settings.auth_required),
+        Identity(database, settings.api_tokens, required=settings.auth_required, passwords=Passwords(_CHEAP)),
         registry=registry,
         transfer=objects,
         metrics=metrics,

@@ -11,7 +11,7 @@ from aether.model.deployment import UNDER_WAY, DeploymentStatus
 S = DeploymentStatus
 
 
-def deployment(name: str, status: S = S.ACTIVE, *, active: bool = False, strategy: str = "rolling", **more: bool):
+def deployment(name: str, status: S = S.ACTIVE, *, active: bool = False, strategy: str = "rolling", **more: int):
     return RecordedDeployment(name, "app", status, strategy, active, **more)
 
 
@@ -63,6 +63,16 @@ def test_of_two_under_way_the_newer_goes_on() -> None:
     plan = reconcile([deployment("d2", S.PENDING), deployment("d1", S.VERIFYING)], [], [])
     assert plan.apps["app"].under_way == "d2"
     assert plan.cancel == ["d1"]
+
+
+def test_every_replica_is_adopted_and_no_more_than_wanted() -> None:
+    rows = [instance(f"i{n}", "d1", created_at=n) for n in range(5)]
+    plan = reconcile([deployment("d1", active=True, desired=3)], rows, [row.id for row in rows])
+    assert plan.apps["app"].active_instances == ["i4", "i3", "i2"]
+    assert plan.remove == ["i0", "i1"]
+    stopped = reconcile([deployment("d1", active=True, desired=0)], rows, [row.id for row in rows])
+    assert stopped.apps["app"].active_instances == []
+    assert len(stopped.remove) == 5
 
 
 def test_an_app_being_deleted_wants_nothing() -> None:

@@ -15,6 +15,7 @@ from aether.apps.records import Health
 from aether.apps.replica import LONGEST_PAUSE_SECS, pause_before_restart
 from aether.model.errors import BadRequest, InvalidDigest
 from aether.model.instance import LogRecord
+from aether.rollout.gates import Shift
 from aether.topology.node import warning
 from aether.topology.public import api_hosts, app_url, base_url, check_exposure, is_loopback
 
@@ -70,7 +71,8 @@ def test_the_pause_before_a_restart_doubles_up_to_half_a_minute() -> None:
     ("change", "error"),
     [
         ({"digest": "A" * 64}, InvalidDigest),
-        ({"strategy": "canary"}, BadRequest),
+        ({"strategy": "sideways"}, BadRequest),
+        ({"rollout": Shift(steps=(50, 10))}, BadRequest),
         ({"command": ""}, BadRequest),
         ({"command": "x\0"}, BadRequest),
         ({"timeout_secs": 0}, BadRequest),

@@ -79,6 +79,9 @@ def test_start_commands(tmp_path: Path, files: dict[str, str], start: str) -> No
         ({"aether__toml": 'start = "x"\n[health]\npath = "nope"'}, "must start with '/'"),
         ({"aether__toml": 'start = "x"\n[env]\nA = [1]'}, "'A' must be a string"),
         ({"aether__toml": 'start = "x"\n[env]\n"A B" = "1"'}, "'A B' cannot name a variable"),
+        ({"aether__toml": '[rollout]\nstrategy = "odd"'}, "rolling, recreate, canary, bluegreen, not 'odd'"),
+        ({"aether__toml": '[rollout]\nstep_secs = "long"'}, "'step_secs' must be a number"),
+        ({"aether__toml": "[rollout]\nsteps = [true]"}, "'steps' must be a list of percentages"),
         ({"aether__toml": 'runtime = "cobol"'}, "runtime 'cobol' is not known"),
         ({"package__json": "{}", "aether__toml": 'runtime = "node99"'}, "runtime 'node99' is not known"),
         ({"requirements__txt": "", "aether__toml": 'runtime = "python"'}, "runtime 'python' is not known"),
@@ -105,12 +108,17 @@ def test_everything_in_aether_toml(tmp_path: Path) -> None:
         tmp_path,
         package__json='{"name":"x"}',
         aether__toml='app = "shop"\nstart = "node s"\nruntime = "node22"\nspeed = 1\n'
-        '[health]\npath = "/healthz"\n[env]\nA = "1"\nB = 2\n',
+        '[health]\npath = "/healthz"\n[env]\nA = "1"\nB = 2\n'
+        '[rollout]\nstrategy = "canary"\nsteps = [5, 100]\nstep_secs = 2.5\nmax_error_rate = 0.02\nodd = 1\n',
     )
     project = found(tmp_path, env={"A": "flag"})
     assert (project.app, project.runtime, project.health_path) == ("shop", "node22", "/healthz")
     assert project.env == {"A": "flag", "B": "2"}
-    assert project.notes == ("aether.toml: 'speed' is not known and has no effect",)
+    assert project.strategy == "canary"
+    assert project.rollout == {"steps": [5, 100], "step_secs": 2.5, "max_error_rate": 0.02}
+    assert project.notes == tuple(
+        f"aether.toml: '{key}' is not known and has no effect" for key in ("rollout.odd", "speed")
+    )
 
 
 def test_the_name_falls_back_to_the_folder(tmp_path: Path) -> None:

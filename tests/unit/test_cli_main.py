@@ -19,7 +19,7 @@ from aether.cli.main import entry, load, verbs
 from aether.model import errors
 
 AETHER = str(Path(sys.executable).parent / "aether")
-NOT_LISTED = {"scale", "run", "verify", "dev", "user", "function", "slice", "server", "gateway", "worker", "node"}
+NOT_LISTED = {"run", "verify", "dev", "function", "slice", "server", "gateway", "worker", "node"}
 
 
 def test_every_verb_in_the_table_exists_and_describes_itself() -> None:
@@ -68,7 +68,8 @@ def test_help_of_a_verb(words: list[str], capsys: pytest.CaptureFixture[str]) ->
         (["list", "--bogus"], "aether list --help"),
         (["list", "--limit", "0"], "between 1 and 500"),
         (["completions"], "--shell"),
-        (["deploy", "--strategy", "canary"], "not offered"),
+        (["deploy", "--canary-steps", "50,20"], "must rise"),
+        (["deploy", "--canary-steps", "few"], "percentages"),
         (["deploy", "--strategy", "sideways"], "rolling, recreate"),
         (["deploy", "--dev-hot"], "not offered"),
         (["deploy", "--legacy-sbom"], "not offered"),

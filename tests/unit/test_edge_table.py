@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
+from aether.edge.closed import ClosedBackend
 from aether.edge.headers import TraceParents
-from aether.edge.table import Route, RouteTable
+from aether.edge.table import CountedApp, Route, RouteTable
 from support.edge import PortInstance
 
 
@@ -130,6 +131,62 @@ def test_all_ordered_pairs_take_their_turn(count: int) -> None:
     backends[0].in_flight = 0
     among = Counter(route.pick() for _ in range(count * (count - 1)))
     assert among[backends[0]] == 2 * (count - 1)
+
+
+def test_a_trial_gets_exactly_its_share_and_is_counted() -> None:
+    table = RouteTable()
+    old, new = table.add("a", instance("1")), table.add("a", instance("2"))
+    table.route("a", [old])
+    assert table.find(b"a.localhost") is not None
+    table.route("a", [old], trial=[new], percent=5)
+    routes = [table.found.get(b"a.localhost") or table.find(b"a.localhost") for _ in range(200)]
+    assert Counter(route.pick() for route in routes if route is not None) == {old: 190, new: 10}
+    for route in routes:
+        assert route is not None
+        assert route.app == "a"
+        assert isinstance(route.app, CountedApp)
+        route.app.answered(500 if route.backends == (new,) else 200, 0.5)
+    routes[0].app.answered(499, 9.0)  # type: ignore[union-attr]
+    tried, others = table.traffic("a")
+    assert (tried.answers, tried.errors, tried.seconds) == (10, 10, 5.0)
+    assert (others.answers, others.errors) == (190, 0)
+    table.route("a", [old], trial=[new], percent=100)
+    assert {table.find(b"a.localhost").pick() for _ in range(50)} == {new}  # type: ignore[union-attr]
+    assert table.traffic("a")[0].answers == 10, "a step counts on"
+    table.route("a", [new])
+    assert (old.retired, new.retired) == (True, False)
+    route = table.find(b"a.localhost")
+    assert route is not None
+    assert type(route.app) is str
+    assert table.found == {b"a.localhost": route}
+    assert table.traffic("a")[0].answers == 0
+
+
+async def test_either_side_of_a_trial_stands_in_for_the_other() -> None:
+    table = RouteTable()
+    old, new = table.add("a", instance("1")), table.add("a", instance("2"))
+    table.route("a", [old], trial=[new], percent=50)
+    assert await new.drain(0)
+    assert {table.find(b"a.localhost").pick() for _ in range(4)} == {old}  # type: ignore[union-attr]
+    table.route("a", [], trial=[new], percent=1)
+    assert {table.find(b"a.localhost").pick() for _ in range(4)} == {new}  # type: ignore[union-attr]
+    table.drop("a")
+    assert table.find(b"a.localhost") is None
+    assert (old.retired, new.retired) == (True, True)
+
+
+def test_a_closed_app_is_refused_by_a_backend_of_its_own() -> None:
+    table = RouteTable()
+    backend = table.add("a", instance())
+    table.route("a", [], closed="the app is stopped")
+    route = table.find(b"a.localhost")
+    assert route is not None
+    refusing = route.pick()
+    assert isinstance(refusing, ClosedBackend)
+    assert refusing.message == "the app is stopped"
+    assert route.pick({backend}) is None, "a request whose backends failed is not told that the app is stopped"
+    table.route("a", [backend])
+    assert route.pick() is backend
 
 
 def test_trace_parents_are_well_formed_and_new() -> None:

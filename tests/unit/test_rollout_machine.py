@@ -20,8 +20,11 @@ from aether.rollout.machine import (
     Promote,
     Reason,
     RestoreOld,
+    RollBack,
+    RolledBack,
     RolloutView,
     Route,
+    Shift,
     Start,
     Stop,
     Strategy,
@@ -33,6 +36,7 @@ from aether.rollout.machine import (
 
 S = DeploymentStatus
 BOOM = Reason("exited", "the app exited with code 1")
+TRYING = (Strategy.CANARY, Strategy.BLUEGREEN)
 LIVE = (Observed.STARTING, Observed.READY, Observed.DRAINING, Observed.DRAINED, Observed.STOPPING)
 
 
@@ -42,6 +46,7 @@ class World:
 
     strategy: Strategy
     old_runs: bool
+    desired: int = 1
     deadline: float = 100.0
     now: float = 0.0
     status: DeploymentStatus = S.PENDING
@@ -53,12 +58,18 @@ class World:
     route: tuple[str, ...] = ()
     counter: int = 0
     old_stopped_by_us: bool = False
+    at: int = 0
+    """Applied by the present server; what is on record is `reached`."""
+    reached: int = 0
+    step_ends: float = 0.0
+    passed: bool = False
+    refused: Reason | None = None
 
     def __post_init__(self) -> None:
         if self.old_runs:
             self.old_status = S.ACTIVE
-            self.old["old-0"] = Observed.READY
-            self.route = ("old-0",)
+            self.old = {f"old-{n}": Observed.READY for n in range(self.desired)}
+            self.route = tuple(self.old)
 
     def view(self) -> RolloutView:
         def views(group: dict[str, Observed]) -> tuple[InstanceView, ...]:
@@ -70,11 +81,18 @@ class World:
             status=self.status,
             strategy=self.strategy,
             deadline=self.deadline,
+            desired=self.desired,
             artifact=self.artifact,
             artifact_reason=BOOM if self.artifact is ArtifactState.FAILED else None,
             old=views(self.old),
             new=views(self.new),
             old_held=self.held,
+            steps={Strategy.CANARY: 3, Strategy.BLUEGREEN: 1}.get(self.strategy, 0),
+            step=self.at,
+            reached=self.reached,
+            step_ends=self.step_ends,
+            passed=self.passed,
+            refused=self.refused if self.status is S.ROLLING_OUT else None,
         )
 
     # --- what a server does with the actions
@@ -100,12 +118,37 @@ class World:
                 assert self.artifact is ArtifactState.READY
                 if self.strategy is Strategy.RECREATE:
                     assert not any(o in LIVE for o in self.old.values()), "recreate ran both"
+                assert len(self.new) + count <= self.desired, "more instances than wanted"
+                assert all(o is Observed.READY for o in self.new.values()), "the batch before is not through"
                 for _ in range(count):
                     self.counter += 1
                     self.new[f"new-{self.counter}"] = Observed.STARTING
-            case Promote():
-                assert self.new
+            case Shift(step):
+                assert self.strategy in TRYING
+                assert self.status is S.ROLLING_OUT
+                assert self.refused is None, "a refused release got more traffic"
+                assert step == max(1, self.reached) if not self.at else step == self.at + 1
                 assert all(o is Observed.READY for o in self.new.values())
+                self.at = self.reached = step
+                self.step_ends, self.passed = self.now + 30, False
+                self.route = (*(i for i in self.route if i in self.old), *self.new)
+            case RollBack(reason):
+                assert reason.message
+                assert self.reached, "nothing to take back"
+                self.move(S.ROLLING_BACK)
+                self.leave_trial()
+            case RolledBack():
+                assert not any(o in LIVE for o in self.new.values()), "the rollback is not through"
+                self.move(S.ROLLED_BACK)
+            case Promote():
+                if self.strategy in TRYING and self.old and self.desired:
+                    assert self.at == self.view().steps, "traffic was not moved step by step"
+                    assert self.passed or self.now >= self.step_ends
+                    assert self.refused is None
+                assert len(self.new) >= self.desired
+                assert all(o is Observed.READY for o in self.new.values())
+                self.route = tuple(i for i in self.route if i in self.new) or self.route
+                self.fit(self.new)
                 self.move(S.ACTIVE)
                 if self.old_status is not None:
                     self.old_status = S.SUPERSEDED
@@ -119,7 +162,7 @@ class World:
             case RestoreOld():
                 assert not any(o in LIVE for o in self.new.values()), "both would run"
                 self.held = False
-                self.old = {"old-again": Observed.STARTING}
+                self.old = {f"old-again-{n}": Observed.STARTING for n in range(self.desired)}
             case Drain(instances):
                 self.may_take_down(instances)
                 self.route = tuple(i for i in self.route if i not in instances)
@@ -141,7 +184,17 @@ class World:
             return
         routed = any(i in self.new for i in self.route)
         assert self.status is S.ACTIVE, "an old instance was taken down before the promotion"
-        assert routed or self.now >= self.deadline, "an old instance was taken down before the new one was routed"
+        late = self.now >= self.deadline or not self.desired
+        assert routed or late, "an old instance was taken down before the new one was routed"
+
+    def fit(self, group: dict[str, Observed]) -> None:
+        """What the app's supervisor does with its release when the app wants another number of instances."""
+        for i in list(group)[self.desired :]:
+            del group[i]
+        self.route = tuple(i for i in self.route if i in self.old or i in self.new)
+        while len(group) < self.desired:
+            self.counter += 1
+            group[f"more-{self.counter}"] = Observed.STARTING
 
     def set(self, instances: tuple[str, ...], observed: Observed) -> None:
         for group in (self.old, self.new):
@@ -152,9 +205,16 @@ class World:
     def check(self) -> None:
         statuses = [self.status, self.old_status]
         assert statuses.count(S.ACTIVE) <= 1, "two active releases"
-        if self.strategy is Strategy.ROLLING and self.old_runs and self.status is not S.ACTIVE:
-            alive = [i for i, o in self.old.items() if o is Observed.READY]
-            assert set(self.route) == set(alive), "the old release does not serve although it could"
+        if self.strategy is not Strategy.RECREATE and self.old_runs and self.status is not S.ACTIVE:
+            alive = {i for i, o in self.old.items() if o is Observed.READY}
+            if not self.at:
+                assert set(self.route) == alive, "the old release does not serve although it could"
+            assert set(self.route) >= alive, "the old release was given up before the promotion"
+
+    def leave_trial(self) -> None:
+        self.at = 0
+        if self.old_runs:
+            self.route = tuple(i for i in self.route if i in self.old)
 
     # --- what happens to it
 
@@ -177,7 +237,9 @@ class World:
                 elif not self.held and self.status is not S.ACTIVE:
                     self.first(self.old, Observed.EXITED, Observed.STARTING)
                     self.first(self.old, Observed.STARTING, Observed.READY)
-                    self.route = self.route or tuple(i for i, o in self.old.items() if o is Observed.READY)
+                    trial = tuple(i for i in self.route if i in self.new)
+                    if not trial or self.at:
+                        self.route = (*(i for i, o in self.old.items() if o is Observed.READY), *trial)
             case "drained":
                 for group in (self.old, self.new):
                     self.first(group, Observed.DRAINING, Observed.DRAINED)
@@ -185,13 +247,26 @@ class World:
                 for group in (self.old, self.new):
                     self.first(group, Observed.STOPPING, Observed.EXITED)
             case "cancel":
-                if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT):
+                if self.status in (S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ROLLING_BACK):
                     self.move(S.CANCELLED)
+            case "good" if self.at:
+                self.passed = True
+            case "bad" if self.at and self.status is S.ROLLING_OUT:
+                self.refused = BOOM
+            case "more" | "fewer":
+                self.desired = min(6, max(0, self.desired + (1 if what == "more" else -1)))
+                if self.status is S.ACTIVE:
+                    self.fit(self.new)
+                elif self.old_runs and not self.held:
+                    self.fit(self.old)
             case "time":
                 self.now += 30
             case "crash":
                 # the successor finds instances as they are, but knows nothing of drains and looks at the folder again
                 self.artifact = ArtifactState.ABSENT
+                self.refused, self.passed = None, False
+                if self.status is not S.ACTIVE:
+                    self.leave_trial()
                 for group in (self.old, self.new):
                     for i, o in group.items():
                         if o in (Observed.DRAINING, Observed.DRAINED):
@@ -209,7 +284,7 @@ class World:
 
 EVENTS = [
     "unpacked", "unpack fails", "new ready", "new exits", "old exits", "old ready", "drained", "stopped", "cancel",
-    "time", "crash", "decide",
+    "time", "crash", "decide", "more", "fewer", "good", "good", "bad",
 ]  # fmt: skip
 
 
@@ -217,10 +292,13 @@ EVENTS = [
 @given(
     strategy=st.sampled_from(Strategy),
     old_runs=st.booleans(),
+    desired=st.integers(0, 5),
     events=st.lists(st.sampled_from([*EVENTS, "decide", "decide", "unpacked", "new ready"]), max_size=40),
 )
-def test_any_interleaving_ends_settled_and_safe(strategy: Strategy, old_runs: bool, events: list[str]) -> None:
-    world = World(strategy, old_runs)
+def test_any_interleaving_ends_settled_and_safe(
+    strategy: Strategy, old_runs: bool, desired: int, events: list[str]
+) -> None:
+    world = World(strategy, old_runs, desired)
     for event in events:
         if event == "decide":
             world.step()
@@ -241,23 +319,25 @@ def test_any_interleaving_ends_settled_and_safe(strategy: Strategy, old_runs: bo
         assert not any(o in LIVE for o in world.new.values()), "a failed rollout left an instance"
         if old_runs:
             assert world.old_status is S.ACTIVE
-            assert world.old, "the old release is gone"
+            assert world.old or not world.desired, "the old release is gone"
     else:
         assert not any(o in LIVE for o in world.old.values())
 
 
+@pytest.mark.parametrize("desired", [0, 1, 3, 50])
 @pytest.mark.parametrize("strategy", list(Strategy))
-def test_the_straight_way(strategy: Strategy) -> None:
-    world = World(strategy, old_runs=True)
+def test_the_straight_way(strategy: Strategy, desired: int) -> None:
+    world = World(strategy, True, desired)
     seen: list[DeploymentStatus] = [world.status]
-    for _ in range(30):
+    for _ in range(30 + 4 * desired):
         world.step()
         if world.status is not seen[-1]:
             seen.append(world.status)
-        for event in ("unpacked", "new ready", "drained", "stopped"):
+        for event in ("unpacked", "new ready", "drained", "stopped", "good"):
             world.happen(event)
     assert seen == [S.PENDING, S.VERIFYING, S.ROLLING_OUT, S.ACTIVE]
     assert finished(world.view())
+    assert len(world.route) == desired
     assert all(i in world.new for i in world.route)
 
 
@@ -279,6 +359,22 @@ def test_every_instance_must_be_ready() -> None:
     assert decide(view(desired=2, new=(ready, InstanceView("b", Observed.READY))), 0) == (Promote(),)
 
 
+def test_a_release_starts_in_batches_of_a_quarter() -> None:
+    started: list[int] = []
+    new: tuple[InstanceView, ...] = ()
+    while isinstance(action := decide(view(desired=10, new=new), 0)[0], Start):
+        started.append(action.count)
+        new = tuple(InstanceView(str(n), Observed.READY) for n in range(sum(started)))
+    assert action == Promote()
+    assert started == [3, 3, 3, 1]
+
+
+def test_a_stopped_app_is_promoted_without_a_start_and_its_old_instances_go() -> None:
+    assert decide(view(desired=0), 0) == (Promote(),)
+    old = (InstanceView("o", Observed.READY, routed=True),)
+    assert list(decide(view(status=S.ACTIVE, desired=0, old=old), 0)) == [Drain(("o",))]
+
+
 def test_a_promoted_release_that_fell_over_keeps_the_old_one_serving_until_the_deadline() -> None:
     old = (InstanceView("o", Observed.READY, routed=True),)
     new = (InstanceView("n", Observed.STARTING),)
@@ -288,8 +384,30 @@ def test_a_promoted_release_that_fell_over_keeps_the_old_one_serving_until_the_d
     assert list(decide(waiting, 10)) == [Drain(("o",))]
 
 
-def test_an_interrupted_rollback_fails() -> None:
-    assert isinstance(decide(view(status=S.ROLLING_BACK), 0)[0], Fail)
+def test_an_interrupted_rollback_goes_on() -> None:
+    trial = (InstanceView("n", Observed.READY, routed=True), InstanceView("m", Observed.STARTING))
+    assert list(decide(view(status=S.ROLLING_BACK, new=trial), 99)) == [Drain(("n",)), Stop(("m",))]
+    assert decide(view(status=S.ROLLING_BACK, new=(InstanceView("n", Observed.EXITED),)), 99) == (RolledBack(),)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.CANARY, Strategy.BLUEGREEN])
+def test_a_release_on_trial_is_rolled_back_for_every_reason(strategy: Strategy) -> None:
+    old = (InstanceView("o", Observed.READY, routed=True),)
+    new = (InstanceView("n", Observed.READY, routed=True),)
+    trial = {"strategy": strategy, "steps": 3, "step": 1, "reached": 1, "step_ends": 5.0, "old": old, "new": new}
+    assert decide(view(**trial), 4) == ()
+    assert wakes_at(view(**trial), 4) == 4.25
+    assert decide(view(**trial, refused=BOOM), 4) == (RollBack(BOOM),)
+    assert decide(view(**{**trial, "new": (InstanceView("n", Observed.EXITED, reason=BOOM),)}), 4) == (
+        RollBack(BOOM),
+    )
+    assert isinstance(decide(view(**trial), 10)[0], RollBack), "the deadline"
+    assert decide(view(**trial, passed=True), 4) == (Shift(2),)
+    assert decide(view(**trial), 5) == (Shift(2),)
+    assert decide(view(**{**trial, "step": 3, "reached": 3}), 5) == (Promote(),)
+    assert decide(view(**{**trial, "step": 0, "reached": 2}), 4) == (Shift(2),), "a successor goes on where it was"
+    # a release that nobody can be compared with
+    assert decide(view(**{**trial, "step": 0, "reached": 0, "old": ()}), 4) == (Promote(),)
 
 
 def test_nothing_wakes_a_finished_rollout() -> None:

@@ -2,10 +2,10 @@
 
 To add routes for a noun:
 
-1. write `routers/<noun>.py` with handlers (`@get`, `@post`, ... of Litestar) that each declare a role with
-   `opt=READER | DEPLOYER | ADMIN | PUBLIC` (aether.api.auth) and take what they need by name:
+1. write `routers/<noun>.py` with handlers (`@get`, `@post`, ... of Litestar) that take what they need by name:
    `services: Deps`, `caller: Caller` (both from aether.api.services);
-2. end the module with `HANDLERS = [...]` and add it to `_handlers()` below;
+2. end the module with `HANDLERS = [...]`, add it to `_handlers()` below, and give every route its row in
+   `aether.api.authorization` (and in the calls of its test);
 3. add the capability it calls to `Services`;
 4. path and query parameters are `FromPath[T]` and `FromQuery[T]`, a body is `data: JSONBody[T]` (all of
    litestar.params); bodies and answers are msgspec Structs; failures are raised as `aether.model.errors`;
@@ -20,12 +20,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 from litestar import Litestar, Router
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
 from aether import __version__
-from aether.api import auth, errors
+from aether.api import auth, authorization, errors
 from aether.api.routers.objects import ObjectsApp
 from aether.api.services import Services
 from aether.api.shell import App, Shell
@@ -35,9 +36,10 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 
 
 def create_api(services: Services) -> App:
-    """The ASGI application. Raises RuntimeError when a route declares no role."""
+    """The ASGI application. Raises RuntimeError when a route has no row in the authorization table."""
     routed = create_routes(services)
-    return Shell(cast(App, routed), ObjectsApp(services), services, auth.public_paths(routed))
+    authorization.check_complete(routed)
+    return Shell(cast(App, routed), ObjectsApp(services), services, authorization.PUBLIC_PATHS)
 
 
 def create_routes(services: Services) -> Litestar:
@@ -49,7 +51,8 @@ def create_routes(services: Services) -> Litestar:
     return Litestar(
         route_handlers=_handlers(),
         dependencies={"services": Provide(provide_services), "caller": Provide(auth.principal)},
-        guards=[auth.guard],
+        guards=[authorization.guard],
+        state=State({"services": services}),
         exception_handlers=errors.HANDLERS,
         openapi_config=OpenAPIConfig(
             title="Aether",
@@ -62,7 +65,7 @@ def create_routes(services: Services) -> Litestar:
             create_examples=False,
             use_handler_docstrings=True,
             # Litestar insists on routes of its own for the schema; ours are in aether.api.swagger.
-            openapi_router=Router(path="/openapi", route_handlers=[], opt=auth.READER, include_in_schema=False),
+            openapi_router=Router(path="/openapi", route_handlers=[], include_in_schema=False),
             render_plugins=[],
         ),
         logging_config=None,
@@ -73,8 +76,8 @@ def create_routes(services: Services) -> Litestar:
 
 def _handlers() -> list[Any]:
     from aether.api import swagger
-    from aether.api.routers import apps, artifacts, deployments, logs, probes
+    from aether.api.routers import apps, artifacts, audit, deployments, logs, probes, users
     from aether.api.routers import auth as auth_router
 
-    modules = (probes, auth_router, apps, deployments, logs, artifacts, swagger)
+    modules = (probes, auth_router, users, audit, apps, deployments, logs, artifacts, swagger)
     return [handler for module in modules for handler in module.HANDLERS]

@@ -1,30 +1,17 @@
-"""Who may call what: credentials from headers, and the role that each route declares.
-
-A route says `opt=READER`, `opt=DEPLOYER`, `opt=ADMIN` or `opt=PUBLIC`; one that says nothing keeps the API
-from being built.
-"""
+"""Credentials from headers, and the caller as handlers get it; what a caller may do is in `authorization`."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from litestar import Litestar
 from litestar.connection import ASGIConnection
-from litestar.handlers import BaseRouteHandler
 
-from aether.identity.roles import Principal, Role
+from aether.identity.roles import Principal
 from aether.model.errors import Forbidden
-
-_OPT = "role"
-PUBLIC: dict[str, Any] = {_OPT: None}
-"""No token needed."""
-READER: dict[str, Any] = {_OPT: Role.READER}
-DEPLOYER: dict[str, Any] = {_OPT: Role.DEPLOYER}
-ADMIN: dict[str, Any] = {_OPT: Role.ADMIN}
 
 
 def token_of(headers: dict[bytes, bytes]) -> tuple[str | None, bool]:
@@ -58,32 +45,10 @@ async def principal(request: ASGIConnection[Any, Any, Any, Any]) -> Principal:
     return found
 
 
-def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Litestar guard on every route. Raises Forbidden when the caller's role is too small."""
-    needed: Role | None = handler.opt.get(_OPT)
-    if needed is None:
-        return
-    caller: Principal = connection.scope["state"]["principal"]
-    if caller.role < needed:
-        raise Forbidden(f"this needs the role {needed.label}; {caller.name} has {caller.role.label}")
-
-
-def handlers_of(app: Litestar) -> Iterable[tuple[str, BaseRouteHandler]]:
-    """Every (path template, handler) of the API."""
-    for route in app.routes:
-        handlers: list[Any] = getattr(route, "route_handlers", None) or [getattr(route, "route_handler", None)]
-        for handler in handlers:
-            # Litestar answers OPTIONS itself; such a handler does nothing and declares nothing.
-            if getattr(handler, "http_methods", None) != {"OPTIONS"}:
-                yield route.path_format, handler
-
-
-def public_paths(app: Litestar) -> frozenset[str]:
-    """Paths without authentication. Raises RuntimeError for a route that declares no role."""
-    found: set[str] = set()
-    for path, handler in handlers_of(app):
-        if _OPT not in handler.opt:
-            raise RuntimeError(f"the route {path} ({handler}) declares no role")
-        if handler.opt[_OPT] is None:
-            found.add(path)
-    return frozenset(found)
+def address_of(scope: Mapping[str, Any], headers: dict[bytes, bytes]) -> str:
+    """The client's address. Behind the edge, which is the only client of a unix socket, it is what the edge wrote
+    into X-Forwarded-For; on a TCP socket that header is a claim of the client's and counts for nothing."""
+    client = scope.get("client")
+    if client and client[0]:
+        return str(client[0])
+    return headers.get(b"x-forwarded-for", b"").decode("latin-1").rpartition(",")[2].strip()[:64]

@@ -10,6 +10,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
+from aether.api import auditing
 from aether.model.errors import AetherError
 from aether.observability import tracing
 from aether.observability.logging import logger
@@ -41,6 +42,7 @@ class Envelope(msgspec.Struct, omit_defaults=True):
 
 
 def envelope(error: AetherError) -> Envelope:
+    auditing.note().code = error.code
     details = dict(error.details) if error.details else None
     return Envelope(error.code, error.message, details, tracing.trace_id.get())
 
@@ -49,7 +51,8 @@ def headers_for(error: AetherError) -> dict[str, str]:
     if error.status == 401:
         return {"WWW-Authenticate": 'Basic realm="aether", Bearer'}
     if error.status in (429, 503):
-        return {"Retry-After": RETRY_AFTER_SECS}
+        secs = (error.details or {}).get("retry_after_secs")
+        return {"Retry-After": RETRY_AFTER_SECS if secs is None else str(secs)}
     return {}
 
 

@@ -26,6 +26,8 @@ class ApiServer:
             lifespan="off",
             log_config=None,
             access_log=False,
+            # uvicorn would believe X-Forwarded-For from loopback; the API reads the field itself, from the edge only
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(grace_secs)),

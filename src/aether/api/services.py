@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from aether.identity.roles import Principal
-from aether.identity.tokens import TokenService
+from aether.identity.service import Identity
 from aether.observability.metrics import Metrics
 from aether.settings import Settings
 
@@ -28,7 +28,7 @@ class Services:
     """Everything a running API needs; capabilities that a server does not offer stay None."""
 
     settings: Settings
-    tokens: TokenService
+    identity: Identity
     registry: Registry | None = None
     apps: AppServices | None = None
     transfer: ObjectTransfer | None = None

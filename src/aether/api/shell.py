@@ -1,4 +1,4 @@
-"""The ASGI layer around the routes: ids, authentication, metrics, bounds, and the last line for errors.
+"""The ASGI layer around the routes: ids, authentication, audit, metrics, bounds, and the last line for errors.
 
 It is plain ASGI because everything here must also hold for paths that no route serves, for /objects, which
 bypasses the framework, and for WebSockets.
@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import msgspec
 
-from aether.api.auth import refuse_cross_site, token_of
+from aether.api import auditing
+from aether.api.auditing import Note
+from aether.api.auth import address_of, refuse_cross_site, token_of
 from aether.api.errors import envelope, headers_for
 from aether.api.services import Services
 from aether.identity.roles import Principal
@@ -52,10 +54,11 @@ class Shell:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         tracing.request_id.set(tracing.request_id_from(_text(headers.get(b"x-request-id"))))
         tracing.trace_id.set(tracing.trace_id_from(_text(headers.get(b"traceparent"))))
-        answer = _Answer(send)
+        note = auditing.begin(address_of(scope, headers))
+        answer = _Answer(send, lambda status: self._audit(scope, note, status))
         began = time.perf_counter()
         try:
-            await self._serve(scope, headers, receive, answer)
+            await self._serve(scope, headers, note, receive, answer)
         except AetherError as error:
             await answer.fail(scope, error)
         except Exception as error:  # noqa: BLE001 - the boundary: whatever went wrong is told without its trace
@@ -64,14 +67,17 @@ class Shell:
         finally:
             self._record(scope, answer.status, time.perf_counter() - began)
 
-    async def _serve(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, answer: _Answer) -> None:
+    async def _serve(
+        self, scope: Scope, headers: dict[bytes, bytes], note: Note, receive: Receive, answer: _Answer
+    ) -> None:
         path: str = scope["path"]
         if path.startswith(OBJECTS):
             scope["path_template"] = "/objects/{key}"
             await self._objects(scope, receive, answer.send)
             return
         if path not in self._public:
-            scope.setdefault("state", {})["principal"] = await self._caller(headers)
+            caller = scope.setdefault("state", {})["principal"] = await self._caller(headers)
+            note.actor, note.actor_kind = caller.name, caller.kind
         if self._control is None or scope["type"] == "websocket" or scope["method"] in _SAFE:
             await self._routed(scope, receive, answer.send)
             return
@@ -80,10 +86,26 @@ class Shell:
 
     async def _caller(self, headers: dict[bytes, bytes]) -> Principal:
         token, basic = token_of(headers)
-        caller = await self._services.tokens.authenticate(token)
+        caller = await self._services.identity.tokens.authenticate(token)
         if basic or caller.kind == "anonymous":
             refuse_cross_site(headers)
         return caller
+
+    async def _audit(self, scope: Scope, note: Note, status: int) -> None:
+        """Write what a change came to before its answer leaves."""
+        template = scope.get("path_template")
+        if scope["type"] != "http" or scope["method"] in _SAFE or template is None:
+            return
+        if template.startswith(OBJECTS):
+            if status >= 400:
+                return
+            note.actor, note.actor_kind = "signed URL", "signature"
+            note.target = scope["path"][len(OBJECTS) :]
+        if not note.actor:
+            return
+        if not note.target:
+            note.target = " ".join(str(value) for value in scope.get("path_params", {}).values())
+        await self._services.identity.audit.record(note.entry(f"{scope['method']} {template}", status))
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = str(scope.get("method", "WEBSOCKET"))
@@ -98,8 +120,9 @@ class Shell:
 class _Answer:
     """Watches what is sent, so that every answer carries the ids and a late failure is not answered twice."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, audit: Callable[[int], Awaitable[None]]) -> None:
         self._send = send
+        self._audit = audit
         self.status = 0
         self._closed = False
 
@@ -107,6 +130,7 @@ class _Answer:
         kind = message["type"]
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
+            await self._audit(self.status)
             message = {**message, "headers": [*message.get("headers", ()), *_id_headers()]}
         elif kind == "websocket.accept":
             self.status = 101

@@ -14,7 +14,7 @@ import msgspec
 from litestar import Request, Response, get
 from litestar.params import FromPath
 
-from aether.api.auth import READER, public_paths
+from aether.api.authorization import PUBLIC_PATHS
 from aether.api.errors import Envelope
 from aether.model.errors import NotFound, ServiceUnavailable
 
@@ -59,7 +59,7 @@ _START = """SwaggerUIBundle({
 """
 
 
-@get("/openapi.json", opt=READER, include_in_schema=False, media_type="application/json")
+@get("/openapi.json", include_in_schema=False, media_type="application/json")
 async def openapi(request: Request[Any, Any, Any]) -> bytes:
     """OpenAPI 3.1."""
     return _schema(request.app)
@@ -74,22 +74,21 @@ def _schema(app: Any) -> bytes:
         "description": "Any failure.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
-    public = public_paths(app)
     for path, operations in spec["paths"].items():
         for operation in operations.values():
             operation["responses"]["default"] = failure
-            if path in public:
+            if path in PUBLIC_PATHS:
                 operation["security"] = []
     return msgspec.json.encode(spec)
 
 
-@get("/swagger", opt=READER, include_in_schema=False, media_type="text/html")
+@get("/swagger", include_in_schema=False, media_type="text/html")
 async def swagger() -> Response[str]:
     """Swagger UI."""
     return Response(_PAGE, headers=_HEADERS, media_type="text/html")
 
 
-@get("/swagger/{file:str}", opt=READER, include_in_schema=False)
+@get("/swagger/{file:str}", include_in_schema=False)
 async def asset(file: FromPath[str]) -> Response[bytes]:
     if file == "start.js":
         return Response(_START.encode(), headers=_HEADERS, media_type="text/javascript")

@@ -25,7 +25,7 @@ class InstanceCount(msgspec.Struct):
 
 
 class App(msgspec.Struct):
-    """`status` is running, starting, degraded, failed or empty; `release` is the active one."""
+    """`status` is running, starting, degraded, stopped, failed or empty; `release` is the active one."""
 
     id: str
     name: str
@@ -46,6 +46,8 @@ class DeploymentErrorView(msgspec.Struct):
 
 
 class Deployment(msgspec.Struct):
+    """`longest_secs` is what its rollout may take in all."""
+
     id: str
     app: str
     digest: str
@@ -54,6 +56,7 @@ class Deployment(msgspec.Struct):
     command: str
     status: str
     strategy: str
+    longest_secs: float
     release: int | None
     description: str
     rollback_of: str | None
@@ -117,6 +120,7 @@ def deployment_view(row: DeploymentRow, apps: AppServices) -> Deployment:
         command=row.command,
         status=row.status.value,
         strategy=row.strategy,
+        longest_secs=row.longest_secs,
         release=row.release,
         description=row.description,
         rollback_of=row.rollback_of,

@@ -7,7 +7,7 @@ server left half-done is finished at the next start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,17 @@ from aether.apps.broadcast import Broadcast
 from aether.apps.engine import Engine
 from aether.apps.ledger import cancel_in
 from aether.apps.ports import ArtifactObjects, ArtifactSource
-from aether.apps.records import UNDER_WAY_VALUES, app_of, deployment_of, find_app, select_deployments
+from aether.apps.records import UNDER_WAY_VALUES, WEB, app_of, deployment_of, find_app, select_deployments
 from aether.apps.tasks import Tasks
 from aether.model.database import DatabasePort
 from aether.model.deployment import DeploymentStatus
-from aether.model.errors import AetherError, Conflict, NotFound
+from aether.model.errors import AetherError, BadRequest, Conflict, NotFound
 from aether.model.names import check_app_name, new_id
 from aether.model.times import now_us
-from aether.stores.database.tables import applications, artifacts, deployments, instances, uploads
+from aether.stores.database.tables import applications, artifacts, deployments, formations, instances, uploads
 
+MAX_INSTANCES = 50
+"""Of one process type of one app."""
 _log = structlog.stdlib.get_logger("aether.apps")
 
 
@@ -90,16 +92,38 @@ class Catalogue:
             row = (await tx.execute(_views().where(applications.c.id == app.id))).one()
         return _view(row)
 
-    async def list(self, *, q: str = "", after: str | None = None, limit: int = 50) -> Sequence[AppView]:
-        """By name, `limit` + 1 at most; `q` is a part of the name, `after` the last name seen."""
+    async def list(
+        self, *, q: str = "", after: str | None = None, limit: int = 50, only: sa.ColumnElement[bool] | None = None
+    ) -> Sequence[AppView]:
+        """By name, `limit` + 1 at most; `q` is a part of the name, `after` the last name seen, `only` a condition
+        on `applications`."""
         query = _views().where(applications.c.deleting_at.is_(None))
         if q:
             query = query.where(applications.c.name.contains(q, autoescape=True))
         if after is not None:
             query = query.where(applications.c.name > after)
+        if only is not None:
+            query = query.where(only)
         async with self._database.read() as tx:
             found = await tx.execute(query.order_by(applications.c.name).limit(limit + 1))
             return [_view(row) for row in found]
+
+    async def scale(self, name: str, sizes: Mapping[str, int]) -> AppView:
+        """Record how many instances each process type wants and begin to run them. Raises BadRequest, NotFound."""
+        check_sizes(sizes)
+        async with self._database.write() as tx:
+            app = await find_app(tx, name)
+            for process, wanted in sizes.items():
+                row = formations.c.app_id == app.id, formations.c.process == process
+                changed = await tx.execute(sa.update(formations).where(*row).values(quantity=wanted))
+                if not changed.rowcount:
+                    await tx.execute(
+                        sa.insert(formations).values(app_id=app.id, process=process, quantity=wanted)
+                    )  # fmt: skip
+        await self._engine.scale(app.id)
+        self._broadcast.notify(app.id)
+        _log.info("app scaled", app=name, **sizes)
+        return await self.get(name)
 
     async def delete(self, name: str) -> None:
         """Take the app and all it owns away; returns when it is gone. Goes on when the caller is cancelled."""
@@ -193,6 +217,11 @@ def _views() -> sa.Select[*tuple[Any, ...]]:
         )
         .scalar_subquery()
     )
+    wanted = (
+        sa.select(formations.c.quantity)
+        .where(formations.c.app_id == applications.c.id, formations.c.process == WEB)
+        .scalar_subquery()
+    )
     return sa.select(
         applications.c.id,
         applications.c.name,
@@ -204,6 +233,7 @@ def _views() -> sa.Select[*tuple[Any, ...]]:
         active.c.rollout_completed_at,
         newest.label("newest"),
         ready.label("ready"),
+        wanted.label("wanted"),
     ).outerjoin(active, active.c.id == applications.c.active_deployment_id)
 
 
@@ -216,15 +246,30 @@ def _view(row: sa.Row[*tuple[Any, ...]]) -> AppView:
         name=row.name,
         owner=row.owner,
         created_at=row.created_at,
-        status=app_status(has_release=release is not None, ready=row.ready, newest=row.newest),
+        status=app_status(
+            has_release=release is not None, ready=row.ready, newest=row.newest, stopped=row.wanted == 0
+        ),
         release=release,
-        desired=0 if release is None else 1,
+        desired=(0 if release is None else 1) if row.wanted is None else row.wanted,
         ready=row.ready,
     )
 
 
-def app_status(*, has_release: bool, ready: int, newest: str | None) -> str:
-    """running, starting, degraded, failed or empty: what a user should know first about an app."""
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise BadRequest naming the process type that is unknown or out of bounds."""
+    if not sizes:
+        raise BadRequest('say how many, as in {"web": 3}')
+    for process, wanted in sizes.items():
+        if process != WEB:
+            raise BadRequest(f"there is no process type '{process[:40]}'; there is '{WEB}'", {"field": process[:40]})
+        if not 0 <= wanted <= MAX_INSTANCES:
+            raise BadRequest(f"{process} must be 0 to {MAX_INSTANCES}, not {wanted}", {"field": process})
+
+
+def app_status(*, has_release: bool, ready: int, newest: str | None, stopped: bool = False) -> str:
+    """running, starting, degraded, stopped, failed or empty: what a user should know first about an app."""
+    if has_release and stopped:
+        return "stopped"
     if has_release and ready:
         return "running"
     if newest in UNDER_WAY_VALUES:

@@ -36,6 +36,7 @@ from aether.model.deployment import SETTLED, UNDER_WAY, DeploymentStatus
 from aether.model.errors import BadRequest, IdempotencyConflict, NotFound
 from aether.model.names import check_digest, new_id
 from aether.model.times import now_us
+from aether.rollout.gates import Shift, check_shift
 from aether.rollout.machine import Strategy
 from aether.stores.database.tables import artifacts, deployments
 
@@ -57,6 +58,7 @@ class DeployRequest:
     health: Health = field(default_factory=Health)
     strategy: str = Strategy.ROLLING.value
     timeout_secs: float = 120.0
+    rollout: Shift = field(default_factory=Shift)
     description: str = ""
 
 
@@ -130,8 +132,10 @@ class Deployments:
                 command=past.command,
                 env=past.env,
                 health=past.health,
-                strategy=past.strategy,
+                # the release is known, and who goes back is in a hurry: no trial
+                strategy=past.strategy if past.strategy == Strategy.RECREATE else Strategy.ROLLING.value,
                 timeout_secs=past.timeout_secs,
+                rollout=past.rollout,
                 description=f"rollback to release {past.release}",
             )
             row = await self._insert(
@@ -186,6 +190,7 @@ class Deployments:
                     health=base.health,
                     strategy=base.strategy,
                     timeout_secs=base.timeout_secs,
+                    rollout=base.rollout,
                     description="config: " + ", ".join(sorted({*put, *unset}))[:280],
                 )
                 row = await self._insert(
@@ -218,9 +223,13 @@ class Deployments:
         before: tuple[int, str] | None = None,
         limit: int = 50,
         releases_only: bool = False,
+        only: sa.ColumnElement[bool] | None = None,
     ) -> Sequence[DeploymentRow]:
-        """Newest first, `limit` + 1 at most; `before` is (created_at, id) of the last one seen."""
+        """Newest first, `limit` + 1 at most; `before` is (created_at, id) of the last one seen, `only` a condition
+        on `applications`."""
         query = select_deployments()
+        if only is not None:
+            query = query.where(only)
         async with self._database.read() as tx:
             if app is not None:
                 query = query.where(deployments.c.app_id == (await find_app(tx, app)).id)
@@ -331,6 +340,7 @@ class Deployments:
                 env=_env_text(request.env),
                 health=request.health.to_json(),
                 timeout_secs=request.timeout_secs,
+                rollout=request.rollout.to_json(),
                 description=request.description,
                 rollback_of=rollback_of,
                 idempotency_key=idempotency_key,
@@ -339,11 +349,13 @@ class Deployments:
                 created_at=now_us(),
                 epoch=1,
                 lease_owner=self._ledger.owner,
-                lease_expires_at=lease_end(request.timeout_secs),
             )
         )
         await add_event(tx, deployment_id, DeploymentStatus.PENDING, f"deployment created by {author.name}")
-        return await find_deployment(tx, deployment_id)
+        row = await find_deployment(tx, deployment_id)
+        lease = lease_end(row.longest_secs)
+        await tx.execute(sa.update(deployments).where(deployments.c.id == row.id).values(lease_expires_at=lease))
+        return row
 
     async def _supersede(self, tx: AsyncConnection, app: AppRow, newer: DeploymentRow) -> list[str]:
         query = select_deployments().where(
@@ -368,6 +380,7 @@ def check_request(request: DeployRequest) -> None:
     if request.strategy not in [strategy.value for strategy in Strategy]:
         offered = " or ".join(strategy.value for strategy in Strategy)
         raise BadRequest(f"strategy must be {offered}, not '{request.strategy}'", {"field": "strategy"})
+    check_shift(request.rollout)
     if not request.command.strip() or len(request.command) > MAX_COMMAND_CHARS or "\0" in request.command:
         raise BadRequest(f"command must be 1 to {MAX_COMMAND_CHARS} characters", {"field": "command"})
     if not 1 <= request.timeout_secs <= MAX_TIMEOUT_SECS:

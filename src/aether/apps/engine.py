@@ -19,7 +19,7 @@ from aether.apps.broadcast import Broadcast
 from aether.apps.ledger import LIVE_INSTANCES, Claim, Ledger, LostRollout, cancel_in
 from aether.apps.ports import ArtifactSource, Router, Runtime
 from aether.apps.reconcile import AppPlan, Plan, RecordedDeployment, RecordedInstance, reconcile
-from aether.apps.records import UNDER_WAY_VALUES, DeploymentRow, config_env, find_deployment
+from aether.apps.records import UNDER_WAY_VALUES, WEB, DeploymentRow, config_env, find_deployment, quantity
 from aether.apps.replica import Drivers, Launch, pause_before_restart
 from aether.apps.rollout import Rollout, RolloutOptions
 from aether.apps.runner import Runner
@@ -29,7 +29,7 @@ from aether.model.deployment import DeploymentStatus
 from aether.model.errors import AetherError, NotFound
 from aether.model.instance import InstanceSpec, Limits
 from aether.rollout.health import HealthCheck
-from aether.stores.database.tables import applications, artifacts, deployments, instances
+from aether.stores.database.tables import applications, artifacts, deployments, formations, instances
 
 DEFAULT_PORT = 8080
 """PORT of an instance whose health check names none; each has a network view of its own."""
@@ -70,17 +70,21 @@ class Engine:
         self._source = source
         self._options = options
         self.ledger = Ledger(database, broadcast, owner)
-        self._drivers = Drivers(runtime, router, self.ledger)
+        self._drivers = Drivers(
+            runtime, router, self.ledger, options.drain_timeout_secs, options.stop_grace_secs
+        )  # fmt: skip
         self._tasks = Tasks()
         self._runners: dict[str, Runner] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._newest: dict[str, Rollout] = {}
         self._closing = False
         self._was_ready: set[str] = set()
+        self._scaling = asyncio.Lock()
         self._rollout_options = RolloutOptions(
             drain_timeout_secs=options.drain_timeout_secs,
             stop_grace_secs=options.stop_grace_secs,
             log_tail=self._log_tail,
+            discard=self._remove,
             prepare=self._launch_of,
             runtime_warning=options.runtime_warning,
         )
@@ -90,9 +94,9 @@ class Engine:
 
         Returns as soon as everything is under way; `until_serving` waits for the apps.
         """
-        plan, names = await self._plan()
+        plan, names, wanted = await self._plan()
         for app_id, app in names.items():
-            self._runner(app_id, app)
+            self._runner(app_id, app, wanted.get(app_id, 1))
         await self._cancel_overtaken(plan)
         for app in plan.apps.values():
             try:
@@ -115,6 +119,14 @@ class Engine:
     def register(self, app_id: str, app: str) -> None:
         """Let a new app's host answer 503 instead of 404."""
         self._runner(app_id, app)
+
+    async def scale(self, app_id: str) -> None:
+        """Run as many instances of the app as its record says by now."""
+        async with self._scaling:  # so that of two changes the later one is applied last
+            async with self._database.read() as tx:
+                desired = await quantity(tx, app_id)
+            if (runner := self._runners.get(app_id)) is not None and not self._closing:
+                runner.scale(desired)
 
     def submit(self, row: DeploymentRow) -> None:
         """Begin the rollout of a deployment that was recorded under this server's lease; it goes on by itself."""
@@ -155,13 +167,17 @@ class Engine:
         """End without touching the instances: another server adopts them."""
         self._closing = True
         await self._tasks.close()
-        await asyncio.gather(*(group.abandon() for runner in self._runners.values() for group in runner.groups))
+        await asyncio.gather(*(runner.abandon() for runner in self._runners.values()))
 
     # --- taking up
 
-    async def _plan(self) -> tuple[Plan, Mapping[str, str]]:
+    async def _plan(self) -> tuple[Plan, Mapping[str, str], Mapping[str, int]]:
         async with self._database.read() as tx:
             apps = (await tx.execute(sa.select(applications))).all()
+            sizes = await tx.execute(
+                sa.select(formations.c.app_id, formations.c.quantity).where(formations.c.process == WEB)
+            )
+            desired = {size.app_id: size.quantity for size in sizes}
             wanted = await tx.execute(
                 sa.select(deployments).where(
                     deployments.c.status.in_([*UNDER_WAY_VALUES, DeploymentStatus.ACTIVE.value])
@@ -178,6 +194,7 @@ class Engine:
                     d.strategy,
                     pointer[d.app_id] == d.id,
                     d.app_id in deleting,
+                    desired.get(d.app_id, 1),
                 )
                 for d in wanted
             ]
@@ -185,7 +202,7 @@ class Engine:
         known = await self._runtime.known()
         names = {app.id: app.name for app in apps if app.deleting_at is None}
         self._was_ready = {row.id for row in rows if row.status == "ready"}
-        return reconcile(recorded, rows, known), names
+        return reconcile(recorded, rows, known), names, desired
 
     async def _take_up(self, app: AppPlan) -> None:
         runner = self._runners[app.app_id]
@@ -207,7 +224,7 @@ class Engine:
         for instance_id in adopt:
             group.add(adopt=instance_id, was_ready=instance_id in self._was_ready, keep=True)
         if not runner.held:
-            group.keep_up()
+            runner.keep_up()
 
     async def _take_up_later(self, runner: Runner, row: DeploymentRow) -> None:
         for failures in itertools.count(1):
@@ -239,7 +256,7 @@ class Engine:
                     )
                 )
 
-    async def _remove(self, instance_ids: list[str]) -> None:
+    async def _remove(self, instance_ids: Sequence[str]) -> None:
         turns = asyncio.Semaphore(_CLEAN_UP_AT_ONCE)
 
         async def one(instance_id: str) -> None:
@@ -259,10 +276,10 @@ class Engine:
 
     # --- rollouts
 
-    def _runner(self, app_id: str, app: str) -> Runner:
+    def _runner(self, app_id: str, app: str, desired: int = 1) -> Runner:
         runner = self._runners.get(app_id)
         if runner is None:
-            runner = self._runners[app_id] = Runner(app_id, app, self._drivers, self._tasks)
+            runner = self._runners[app_id] = Runner(app_id, app, self._drivers, self._tasks, desired)
         return runner
 
     async def _resume_rollout(self, app: AppPlan, deployment_id: str) -> None:
@@ -351,6 +368,7 @@ class Engine:
         runner = self._runners.get(app_id)
         if runner is not None:
             keep |= {group.launch.spec.digest for group in runner.groups}
+            keep |= {replica.launch.spec.digest for replica in runner.leaving}
         for digest in await self._source.unpacked(app):
             if digest not in keep:
                 await self._source.discard(app, digest)

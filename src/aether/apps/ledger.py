@@ -93,7 +93,7 @@ class Ledger:
             await tx.execute(
                 sa.update(deployments)
                 .where(deployments.c.id == deployment_id)
-                .values(epoch=row.epoch + 1, lease_owner=self.owner, lease_expires_at=lease_end(row.timeout_secs))
+                .values(epoch=row.epoch + 1, lease_owner=self.owner, lease_expires_at=lease_end(row.longest_secs))
             )
         return Claim(deployment_id, row.app_id, row.epoch + 1), row
 
@@ -128,6 +128,13 @@ class Ledger:
         async with self._database.write() as tx:
             await self._compare_and_set(tx, claim, status, {"status": status.value})
             await add_event(tx, claim.deployment_id, phase, message)
+        self._broadcast.notify(claim.deployment_id)
+
+    async def step(self, claim: Claim, step: int, message: str) -> None:
+        """Record that traffic moves on to a step, before it does."""
+        async with self._database.write() as tx:
+            await self._compare_and_set(tx, claim, DeploymentStatus.ROLLING_OUT, {"rollout_step": step})
+            await add_event(tx, claim.deployment_id, DeploymentStatus.ROLLING_OUT, message)
         self._broadcast.notify(claim.deployment_id)
 
     async def promote(self, claim: Claim, instance_ids: Sequence[str], notes: Sequence[tuple[str, str]]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from aether.model.instance import InstanceExit, InstanceSpec, LogRecord
+from aether.model.traffic import Traffic
 
 
 class Instance(Protocol):
@@ -83,8 +84,23 @@ class Router(Protocol):
         """Make a backend that gets no requests yet."""
         ...
 
-    def route(self, app: str, backends: Sequence[Backend]) -> None:
-        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503."""
+    def route(
+        self,
+        app: str,
+        backends: Sequence[Backend],
+        *,
+        closed: str | None = None,
+        trial: Sequence[Backend] = (),
+        percent: int = 0,
+    ) -> None:
+        """From now on requests for `app` go to exactly these backends; an empty sequence answers 503.
+
+        `closed` is what such an answer says of an app that is not meant to run. So many in a hundred requests go to
+        `trial` instead; all do when there is nothing else."""
+        ...
+
+    def traffic(self, app: str) -> tuple[Traffic, Traffic]:
+        """What the trial and what the other backends have answered since the trial began."""
         ...
 
     def drop(self, app: str) -> None:

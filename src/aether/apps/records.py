@@ -12,8 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.model.deployment import UNDER_WAY, DeploymentStatus
 from aether.model.errors import NotFound
-from aether.stores.database.tables import applications, artifacts, configs, deployments
+from aether.rollout.gates import Shift
+from aether.rollout.machine import Strategy
+from aether.stores.database.tables import applications, artifacts, configs, deployments, formations
 
+WEB = "web"
+"""The process type that the edge sends requests to."""
 UNDER_WAY_VALUES = sorted(status.value for status in UNDER_WAY)
 
 
@@ -80,6 +84,9 @@ class DeploymentRow:
     env: Mapping[str, str]
     health: Health
     timeout_secs: float
+    rollout: Shift
+    rollout_step: int
+    """The newest step in which traffic was moved, counted from 1."""
     description: str
     rollback_of: str | None
     idempotency_key: str | None
@@ -91,12 +98,24 @@ class DeploymentRow:
     rollout_started_at: int | None
     rollout_completed_at: int | None
 
+    @property
+    def shift(self) -> Shift | None:
+        """How traffic moves, None for a strategy that does not move it in steps."""
+        return self.rollout.for_strategy(Strategy(self.strategy))
+
+    @property
+    def longest_secs(self) -> float:
+        """What the rollout may take in all: its timeout, and the steps twice, since a new server repeats one."""
+        shift = self.shift
+        return self.timeout_secs + (0.0 if shift is None else 2 * shift.total_secs)
+
 
 _DEPLOYMENT = (
     deployments.c.id, deployments.c.app_id, applications.c.name.label("app"), deployments.c.artifact_id,
     deployments.c.digest, artifacts.c.content_digest, deployments.c.config_version, deployments.c.release,
     deployments.c.status, deployments.c.strategy, deployments.c.runtime, deployments.c.command, deployments.c.env,
-    deployments.c.health, deployments.c.timeout_secs, deployments.c.description, deployments.c.rollback_of,
+    deployments.c.health, deployments.c.timeout_secs, deployments.c.rollout, deployments.c.rollout_step,
+    deployments.c.description, deployments.c.rollback_of,
     deployments.c.idempotency_key, deployments.c.created_by, deployments.c.trace_id, deployments.c.error,
     deployments.c.epoch, deployments.c.created_at, deployments.c.rollout_started_at,
     deployments.c.rollout_completed_at,
@@ -116,6 +135,7 @@ def deployment_of(row: sa.Row[Any]) -> DeploymentRow:
     values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage]
     values["status"] = DeploymentStatus(values["status"])
     values["env"] = json.loads(values["env"])
+    values["rollout"] = Shift.from_json(values["rollout"])
     values["health"] = Health.from_json(values["health"])
     values["error"] = DeploymentError.from_json(values["error"]) if values["error"] else None
     return DeploymentRow(**values)
@@ -147,6 +167,15 @@ async def config_env(tx: AsyncConnection, app_id: str, version: int) -> dict[str
     )  # fmt: skip
     text = found.scalar_one_or_none()
     return json.loads(text) if text else {}
+
+
+async def quantity(tx: AsyncConnection, app_id: str, process: str = WEB) -> int:
+    """How many instances of a process type the app wants; one until somebody has said."""
+    found = await tx.execute(
+        sa.select(formations.c.quantity).where(formations.c.app_id == app_id, formations.c.process == process)
+    )
+    wanted = found.scalar_one_or_none()
+    return 1 if wanted is None else wanted
 
 
 async def newest_config_version(tx: AsyncConnection, app_id: str) -> int:

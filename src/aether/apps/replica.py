@@ -53,6 +53,8 @@ class Drivers:
     runtime: Runtime
     router: Router
     ledger: Ledger
+    drain_timeout_secs: float = 30.0
+    stop_grace_secs: float = 10.0
 
 
 class Replica:
@@ -68,7 +70,7 @@ class Replica:
         was_ready: bool = False,
     ) -> None:
         self._drivers = drivers
-        self._launch = launch
+        self.launch = launch
         self._changed = changed
         self._adopt = adopt
         self._was_ready = was_ready
@@ -105,7 +107,7 @@ class Replica:
             if self._task is not None:
                 self._renew()
             self._life_over.clear()
-            self._task = asyncio.create_task(self._live(), name=f"replica {self._launch.spec.app}")
+            self._task = asyncio.create_task(self._live(), name=f"replica {self.launch.spec.app}")
 
     def release(self) -> None:
         """Restart no more: an instance that runs goes on, a pause before a restart ends here."""
@@ -117,7 +119,7 @@ class Replica:
         """`reason`, made more precise by looking at the instance."""
         reason = self.reason
         if reason is not None and reason.code == "never_listened" and self._instance is not None:
-            return await wrong_port(self._instance, self._launch.check) or reason
+            return await wrong_port(self._instance, self.launch.check) or reason
         return reason
 
     def drain(self, timeout_secs: float) -> Coroutine[Any, Any, None]:
@@ -128,9 +130,7 @@ class Replica:
 
     async def _drain(self, timeout_secs: float) -> None:
         if self.backend is not None and not await self.backend.drain(timeout_secs):
-            _log.warning(
-                "requests cut off at the drain timeout", app=self._launch.spec.app, instance=self.instance_id
-            )
+            _log.warning("requests cut off at the drain timeout", app=self.launch.spec.app, instance=self.instance_id)
         if self.observed is Observed.DRAINING:
             self.observed = Observed.DRAINED
             self._changed()
@@ -149,6 +149,16 @@ class Replica:
             await self._instance.stop(grace_secs)
         await self._life_over.wait()
 
+    async def retire(self) -> None:
+        """Drain and stop an instance that the app no longer wants; its owner has taken it off the route."""
+        self.release()
+        served = self.observed is Observed.READY
+        self.observed = Observed.DRAINING
+        if served:
+            await self._record("draining")
+        await self._drain(self._drivers.drain_timeout_secs)
+        await self.stop(self._drivers.stop_grace_secs)
+
     async def abandon(self) -> None:
         """Stop watching and leave the instance as it is, for another server to adopt."""
         if self._task is not None:
@@ -161,7 +171,7 @@ class Replica:
             try:
                 ready_secs = await self._one_life()
             except Exception as error:  # noqa: BLE001 - whatever a driver does wrong, the app must not stay down for it
-                _log.error("an instance failed unexpectedly", app=self._launch.spec.app, exc_info=error)
+                _log.error("an instance failed unexpectedly", app=self.launch.spec.app, exc_info=error)
                 self._reason = Reason("internal", "the instance failed for a reason that is the server's")
                 ready_secs = 0.0
             finally:
@@ -174,7 +184,7 @@ class Replica:
             pause = pause_before_restart(self._failures)
             self._failures += 1
             _log.warning(
-                "instance ended, restarting", app=self._launch.spec.app, instance=self.instance_id,
+                "instance ended, restarting", app=self.launch.spec.app, instance=self.instance_id,
                 reason=self._reason.message if self._reason else None, pause_secs=pause,
             )  # fmt: skip
             self._pausing = True
@@ -215,7 +225,7 @@ class Replica:
             if ended is None:
                 ready_at = loop.time()
                 self.gate_secs = ready_at - begun
-                self.backend = self._drivers.router.add(self._launch.spec.app, instance)
+                self.backend = self._drivers.router.add(self.launch.spec.app, instance)
                 if self.observed is Observed.STARTING:
                     self.observed = Observed.READY
                 self._changed()
@@ -249,20 +259,20 @@ class Replica:
             self._was_ready = False
         try:
             await self._drivers.ledger.add_instance(
-                self.instance_id, self._launch.app_id, self._launch.spec.deployment_id, self.restarts
+                self.instance_id, self.launch.app_id, self.launch.spec.deployment_id, self.restarts
             )
         except AetherError as error:
             if not self.keep:
                 raise
             # an app that is down comes back even while the database is away
-            _log.warning("an instance starts without a record", app=self._launch.spec.app, error=error.message)
-        return await runtime.start(replace(self._launch.spec, instance_id=self.instance_id))
+            _log.warning("an instance starts without a record", app=self.launch.spec.app, error=error.message)
+        return await runtime.start(replace(self.launch.spec, instance_id=self.instance_id))
 
     async def _pass_gate(self, instance: Instance) -> InstanceExit | None:
         if self._adopt == self.instance_id and self._was_ready and await _listens(instance):
             return None
-        self._gate, self._given_up = Gate(instance, self._launch.check), False
-        limit = self._launch.start_timeout_secs if self.keep else None
+        self._gate, self._given_up = Gate(instance, self.launch.check), False
+        limit = self.launch.start_timeout_secs if self.keep else None
         try:
             async with asyncio.timeout(limit):
                 verdict = await self._gate.run()
@@ -275,7 +285,7 @@ class Replica:
         return None if isinstance(verdict, Healthy) else verdict
 
     def _why_ended(self, ended: InstanceExit, *, ready: bool) -> Reason:
-        when = "" if ready else f" before it answered on port {self._launch.check.port}"
+        when = "" if ready else f" before it answered on port {self.launch.check.port}"
         code = "out_of_memory" if ended.out_of_memory else "exited"
         return Reason(code, f"the app {ended}{when}")
 
@@ -283,14 +293,14 @@ class Replica:
         await self._record(status)
         try:
             await self._drivers.runtime.remove(self.instance_id)
-            await prune_ended(self._drivers, self._launch.app_id, self._launch.spec.app, ENDED_INSTANCES_KEPT)
+            await prune_ended(self._drivers, self.launch.app_id, self.launch.spec.app, ENDED_INSTANCES_KEPT)
         except (AetherError, OSError) as error:
             # the next start's reconciliation takes it away
             _log.warning("an ended instance could not be cleared away", instance=self.instance_id, error=str(error))
 
     async def _record(self, status: str) -> None:
         try:
-            await self._drivers.ledger.set_instances(self._launch.app_id, [self.instance_id], status)
+            await self._drivers.ledger.set_instances(self.launch.app_id, [self.instance_id], status)
         except AetherError as error:
             # what runs matters more than its record; the next change or start sets it right
             _log.warning("an instance's status was not recorded", instance=self.instance_id, error=error.message)

@@ -21,6 +21,8 @@ from aether.apps.runner import Group, Runner
 from aether.model.deployment import SETTLED, UNDER_WAY, DeploymentStatus
 from aether.model.errors import AetherError, ServiceUnavailable
 from aether.model.times import now_us
+from aether.model.traffic import Traffic
+from aether.rollout.gates import Verdict, judge, told
 from aether.rollout.machine import (
     Action,
     ArtifactState,
@@ -28,11 +30,15 @@ from aether.rollout.machine import (
     Drain,
     Fail,
     HoldOld,
+    Observed,
     Promote,
     Reason,
     RestoreOld,
+    RollBack,
+    RolledBack,
     RolloutView,
     Route,
+    Shift,
     Start,
     Stop,
     Strategy,
@@ -56,6 +62,8 @@ class RolloutOptions:
     stop_grace_secs: float
     log_tail: Callable[[str, str, int], Awaitable[list[str]]]
     """(instance id, app, lines) → the app's newest lines."""
+    discard: Callable[[Sequence[str]], Coroutine[Any, Any, None]]
+    """Stop and forget instances that no replica has taken over."""
     prepare: Callable[[DeploymentRow], Awaitable[Launch]]
     """Everything that instances of the deployment have in common; needs the unpacked artifact."""
     runtime_warning: Callable[[str | None], str | None]
@@ -94,6 +102,14 @@ class Rollout:
         self._old: Group | None = None
         self._new: Group | None = None
         self._deadline = asyncio.get_running_loop().time() + (deadline_us(row) - now_us()) / 1e6
+        self._shift = row.shift
+        self._patience = row.longest_secs - row.timeout_secs
+        self._step = 0
+        self._step_ends = 0.0
+        self._reached = row.rollout_step
+        self._before_step = Traffic()
+        self._counted = Traffic(), Traffic()
+        """Of the new release in this step, and of the old one in all of them."""
         self._stale = False
         self.released = asyncio.Event()
         self._wake = runner.listen()
@@ -116,6 +132,8 @@ class Rollout:
         finally:
             self._runner.unlisten(self._wake)
             self.released.set()
+        if self._adopt:  # settled before they could be taken over
+            self._beside(self._options.discard(self._adopt))
         leftover = self._old if self._status is DeploymentStatus.ACTIVE else self._new
         if leftover is not None:
             self._runner.forget(leftover)
@@ -138,17 +156,55 @@ class Rollout:
                         await self._wake.wait()
 
     def _view(self) -> RolloutView:
-        routed = self._runner.routed
+        passed, refused = self._judged()
         return RolloutView(
             status=self._status,
             strategy=Strategy(self.row.strategy),
-            deadline=self._deadline,
+            deadline=self._deadline + (self._patience if self._reached else 0.0),
+            steps=0 if self._shift is None else len(self._shift.steps),
+            step=self._step,
+            reached=self._reached,
+            step_ends=self._step_ends,
+            passed=passed,
+            refused=refused,
+            desired=self._runner.desired,
             artifact=self._artifact,
             artifact_reason=self._artifact_reason,
-            old=self._old.views(routed) if self._old is not None else (),
-            new=self._new.views(routed) if self._new is not None else (),
+            old=self._runner.views(self._old) if self._old is not None else (),
+            new=self._runner.views(self._new) if self._new is not None else (),
             old_held=self._held,
         )
+
+    def _judged(self) -> tuple[bool, Reason | None]:
+        if self._shift is None or not self._step or self._status is not DeploymentStatus.ROLLING_OUT:
+            return False, None
+        new, old = self._runner.traffic()
+        self._counted = new.since(self._before_step), old
+        verdict = judge(self._shift, *self._counted)
+        return verdict is Verdict.GOOD, verdict if isinstance(verdict, Reason) else None
+
+    async def _move_traffic(self, step: int) -> None:
+        """Record first, then do: a successor may repeat a step, never miss that one was begun."""
+        if self._shift is None:
+            raise RuntimeError(f"{self.row.strategy} does not move traffic in steps")
+        percent, secs = self._shift.steps[step - 1], self._shift.step_secs
+        until = (
+            f"for at most {secs:g} s" if self._shift.early else f"for {secs:g} s, with the old release standing by"
+        )
+        before = f"; before: {told(*self._counted)}" if self._step else ""
+        await self._ledger.step(
+            self._claim, step, f"{percent}% of the requests go to the new release {until}{before}"
+        )
+        self._step = self._reached = step
+        self._runner.begin_trial(self._group(), percent)
+        self._before_step, _ = self._runner.traffic()
+        self._counted = Traffic(), Traffic()
+        self._step_ends = asyncio.get_running_loop().time() + secs
+
+    async def _roll_back(self, reason: Reason) -> None:
+        error = await self._explained(reason)
+        await self._move(DeploymentStatus.ROLLING_BACK, f"{reason.message}; the old release serves", error=error)
+        self._runner.end_trial()
 
     async def _reread(self) -> bool:
         """False when the database is away and this must be tried again.
@@ -193,7 +249,7 @@ class Rollout:
                 notes = [("warning", warning)] if warning else []
                 await self._move(DeploymentStatus.ROLLING_OUT, f"starting: {self.row.command}", notes=notes)
             case Start(count):
-                for _ in range(count):
+                for _ in range(max(count, len(self._adopt))):
                     self._start()
             case Promote():
                 await self._promote()
@@ -213,8 +269,15 @@ class Rollout:
                     served = replica.backend is not None
                     grace = self._options.stop_grace_secs
                     self._beside(replica.stop(grace if served else min(grace, _NEVER_SERVED_GRACE_SECS)))
+            case Shift(step):
+                await self._move_traffic(step)
+            case RollBack(reason):
+                await self._roll_back(reason)
+            case RolledBack():
+                await self._move(DeploymentStatus.ROLLED_BACK, "nothing of the new release is left")
             case Fail(reason):
-                await self._fail(reason)
+                error = await self._explained(reason)
+                await self._move(DeploymentStatus.FAILED, error.message, error=error)
 
     async def _give_up(self) -> None:
         reason = Reason("internal", "the rollout failed for a reason that is the server's; its log tells more")
@@ -261,20 +324,27 @@ class Rollout:
             self._wake.set()
 
     def _start(self) -> None:
+        self._group().add(adopt=self._adopt.pop() if self._adopt else None)
+
+    def _group(self) -> Group:
         if self._launch is None:
-            raise RuntimeError("an instance cannot start before its artifact is there")
+            raise RuntimeError("nothing can run before its artifact is there")
         if self._new is None:
             self._new = self._runner.make_group(self.row.id, self._launch)
-        self._new.add(adopt=self._adopt.pop() if self._adopt else None)
+        return self._new
 
     async def _promote(self) -> None:
-        if self._new is None:
-            raise RuntimeError("a rollout without instances cannot be promoted")
-        ids = [replica.instance_id for replica in self._new.replicas]
-        slowest = max(replica.gate_secs for replica in self._new.replicas)
-        note = (DeploymentStatus.ROLLING_OUT.value, f"healthy {slowest:.2f} s after the start")
-        await self._ledger.promote(self._claim, ids, [note])
-        self._take_over(self._new)
+        group = self._group()
+        ready = [replica for replica in group.replicas if replica.observed is Observed.READY]
+        if ready:
+            slowest = max(replica.gate_secs for replica in ready)
+            several = f"{len(ready)} instances, " if len(ready) > 1 else ""
+            note = f"{several}healthy {slowest:.2f} s after the start"
+        else:
+            note = "the app is scaled to 0: nothing was started, so nothing is known of the release's health"
+        ids = [replica.instance_id for replica in ready]
+        await self._ledger.promote(self._claim, ids, [(DeploymentStatus.ROLLING_OUT.value, note)])
+        self._take_over(group)
 
     def _take_over(self, group: Group) -> None:
         self._held = False
@@ -282,11 +352,17 @@ class Rollout:
         self._runner.promote(group)
         self.released.set()
 
-    async def _fail(self, reason: Reason) -> None:
+    async def _explained(self, reason: Reason) -> DeploymentError:
+        """The reason as the record keeps it: more precise where an instance is to blame, with its last lines."""
         tail: list[str] = []
-        for replica in self._new.replicas if self._new is not None else ():
-            reason = await replica.explain() or reason
+        if self._new is not None and self._new.replicas:
+            replica = min(self._new.replicas, key=_soundness)
+            if replica.observed is not Observed.READY:
+                reason = await replica.explain() or reason
             tail = await self._options.log_tail(replica.instance_id, self._runner.app, LOG_TAIL_LINES)
-            break
-        error = DeploymentError(reason.code, reason.message, tuple(tail))
-        await self._move(DeploymentStatus.FAILED, reason.message, error=error)
+        return DeploymentError(reason.code, reason.message, tuple(tail))
+
+
+def _soundness(replica: Replica) -> int:
+    """Orders replicas so that the one whose end explains most comes first."""
+    return {Observed.EXITED: 0, Observed.READY: 2}.get(replica.observed, 1)

@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from aether.apps.ports import Backend
 from aether.apps.replica import Drivers, Launch, Replica
 from aether.apps.tasks import Tasks
+from aether.model.traffic import Traffic
 from aether.rollout.machine import InstanceView, Observed
+
+CLOSED = "the app is stopped: it is scaled to 0 instances"
 
 
 class Group:
@@ -32,13 +35,20 @@ class Group:
         replica.run()
         return replica
 
-    def keep_up(self) -> None:
-        """From now on the release runs: an instance that ends is replaced, also one that has ended already."""
-        if not self.replicas:
-            self.add()
+    def keep_up(self, desired: int) -> Sequence[Replica]:
+        """From now on the release runs `desired` times: an instance that ends is replaced, also one that has ended.
+
+        Returns the replicas beyond that number, which are no longer of the group: those that do not serve first,
+        then the eldest, as a restart in the middle would choose."""
+        by_use = sorted(self.replicas, key=lambda replica: replica.serves)
+        doomed = by_use[: max(0, len(by_use) - desired)]
+        self.replicas = [replica for replica in self.replicas if replica not in doomed]
         for replica in self.replicas:
             replica.keep = True
             replica.run()
+        while len(self.replicas) < desired:
+            self.add(keep=True)
+        return doomed
 
     def release(self) -> None:
         for replica in self.replicas:
@@ -50,17 +60,6 @@ class Group:
     def serving(self) -> list[Backend]:
         return [r.backend for r in self.replicas if r.observed is Observed.READY and r.backend is not None]
 
-    def views(self, routed: Sequence[Backend]) -> tuple[InstanceView, ...]:
-        return tuple(
-            InstanceView(
-                id=replica.instance_id,
-                observed=replica.observed,
-                routed=replica.backend is not None and replica.backend in routed,
-                reason=replica.reason,
-            )
-            for replica in self.replicas
-        )
-
     async def stop(self, grace_secs: float) -> None:
         await asyncio.gather(*(replica.stop(grace_secs) for replica in self.replicas))
 
@@ -71,11 +70,13 @@ class Group:
 class Runner:
     """One app while it is in this server's care."""
 
-    def __init__(self, app_id: str, app: str, drivers: Drivers, tasks: Tasks) -> None:
+    def __init__(self, app_id: str, app: str, drivers: Drivers, tasks: Tasks, desired: int = 1) -> None:
         self.app_id = app_id
         self.app = app
         self.drivers = drivers
         self.tasks = tasks
+        self.desired = desired
+        """How many instances the app wants; 0 for one that is stopped."""
         self.active: Group | None = None
         self.fallback: Group | None = None
         """The release before the active one, until its last instance is gone."""
@@ -83,9 +84,14 @@ class Runner:
         """True while a rollout keeps the active release down."""
         self.groups: list[Group] = []
         """Every group that may have an instance."""
+        self.leaving: list[Replica] = []
+        """Replicas that a smaller number of instances has no place for, until they are gone."""
         self.routed: list[Backend] = []
+        self._trial: tuple[Group, int] | None = None
+        self._told: tuple[object, ...] | None = None
         self._listeners: list[asyncio.Event] = []
         drivers.router.route(app, [])
+        self.changed()
 
     def make_group(self, deployment_id: str, launch: Launch) -> Group:
         group = Group(deployment_id, launch, self.drivers, self.changed)
@@ -97,6 +103,8 @@ class Runner:
             self.groups.remove(group)
         if self.fallback is group:
             self.fallback = None
+        if self._trial is not None and self._trial[0] is group:
+            self.end_trial()
 
     def promote(self, group: Group) -> None:
         """Make `group` the app's release; the one before it is no longer restarted and serves only until then."""
@@ -106,8 +114,54 @@ class Runner:
             self.fallback = before
         self.active = group
         self.held = False
-        group.keep_up()
+        self._trial = None
+        self.keep_up()
+
+    def begin_trial(self, group: Group, percent: int) -> None:
+        """Give `group` so many in a hundred requests; the active release gets the others."""
+        self._trial = group, percent
         self.changed()
+
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """What the release on trial and the active one have answered since the trial began."""
+        return self.drivers.router.traffic(self.app)
+
+    def end_trial(self) -> None:
+        self._trial = None
+        self.changed()
+
+    def scale(self, desired: int) -> None:
+        """Run `desired` instances of the active release from now on, and of the one that is rolled out."""
+        self.desired = desired
+        if self.active is not None and not self.held:
+            self.keep_up()
+        else:
+            self.changed()
+
+    def keep_up(self) -> None:
+        """Have the active release run as often as the app wants."""
+        if self.active is not None:
+            for replica in self.active.keep_up(self.desired):
+                self.leaving.append(replica)
+                self.tasks.start(self._retire(replica), f"retire an instance of {self.app}")
+        self.changed()
+
+    async def _retire(self, replica: Replica) -> None:
+        await replica.retire()
+        self.leaving.remove(replica)
+
+    def views(self, group: Group) -> tuple[InstanceView, ...]:
+        """What a rollout sees of a release: also the instances that it has no place for any more."""
+        leaving = [replica for replica in self.leaving if replica.launch is group.launch]
+        return tuple(
+            InstanceView(
+                id=replica.instance_id,
+                observed=replica.observed,
+                routed=replica.backend is not None and replica.backend in self.routed,
+                reason=replica.reason,
+            )
+            for replica in (*group.replicas, *leaving)
+        )
 
     def hold(self) -> None:
         self.held = True
@@ -116,17 +170,20 @@ class Runner:
 
     def unhold(self) -> None:
         self.held = False
-        if self.active is not None:
-            self.active.keep_up()
+        self.keep_up()
 
     def changed(self) -> None:
         """Route to what is ready now and wake whoever waits for a change."""
         serving: list[Backend] = []
         for group in (self.active, self.fallback):
             serving = serving or (group.serving() if group is not None else [])
-        if serving != self.routed:
-            self.routed = serving
-            self.drivers.router.route(self.app, serving)
+        trial, percent = ([], 0) if self._trial is None else (self._trial[0].serving(), self._trial[1])
+        closed = None if self.desired else CLOSED
+        told = serving, trial, percent, closed
+        if told != self._told:
+            self._told = told
+            self.routed = [*serving, *trial]
+            self.drivers.router.route(self.app, serving, closed=closed, trial=trial, percent=percent)
         for listener in self._listeners:
             listener.set()
 
@@ -142,7 +199,7 @@ class Runner:
         """Return once a backend is routed, or at once if nothing is meant to serve."""
         event = self.listen()
         try:
-            while self.active is not None and not self.held and not self.routed:
+            while self.active is not None and self.desired and not self.held and not self.routed:
                 event.clear()
                 await event.wait()
         finally:
@@ -151,5 +208,14 @@ class Runner:
     async def stop(self, grace_secs: float) -> None:
         """End every instance of the app."""
         self.drivers.router.route(self.app, [])
-        self.routed = []
-        await asyncio.gather(*(group.stop(grace_secs) for group in self.groups))
+        self.routed, self._trial = [], None
+        await asyncio.gather(
+            *(group.stop(grace_secs) for group in self.groups),
+            *(replica.stop(grace_secs) for replica in self.leaving),
+        )
+
+    async def abandon(self) -> None:
+        """Stop watching; the instances go on without this server."""
+        await asyncio.gather(
+            *(group.abandon() for group in self.groups), *(replica.abandon() for replica in self.leaving)
+        )

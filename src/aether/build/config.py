@@ -13,7 +13,9 @@ from aether.model.errors import ConfigError, LocalIOError
 Table = Mapping[str, Any]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env"})
+_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env", "rollout"})
+_ROLLOUT_NUMBERS = ("step_secs", "bake_secs", "min_requests", "max_error_rate", "max_latency_ratio")
+STRATEGIES = ("rolling", "recreate", "canary", "bluegreen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class AetherToml:
     runtime: str | None = None
     health_path: str | None = None
     env: Mapping[str, str] = field(default_factory=dict[str, str])
+    strategy: str | None = None
+    rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
 
 
@@ -112,8 +116,12 @@ def read_aether_toml(root: Path) -> AetherToml:
                 "use letters, digits and '_', not starting with a digit"
             )
         env[key] = str(value)
+    strategy, rollout = _rollout(table_of(table, "rollout", name), f"{name} [rollout]")
+    moving = table_of(table, "rollout", name)
     unknown = sorted(
-        {key for key in table if key not in _KNOWN} | {f"health.{key}" for key in health if key != "path"}
+        {key for key in table if key not in _KNOWN}
+        | {f"health.{key}" for key in health if key != "path"}
+        | {f"rollout.{key}" for key in moving if key not in ("strategy", "steps", *_ROLLOUT_NUMBERS)}
     )
     return AetherToml(
         app=text_of(table, "app", name),
@@ -121,8 +129,31 @@ def read_aether_toml(root: Path) -> AetherToml:
         runtime=text_of(table, "runtime", name),
         health_path=health_path,
         env=env,
+        strategy=strategy,
+        rollout=rollout,
         notes=tuple(f"{name}: '{key}' is not known and has no effect" for key in unknown),
     )
+
+
+def _rollout(table: Table, where: str) -> tuple[str | None, dict[str, Any]]:
+    """Strategy and rules of a `[rollout]` table; whether the numbers make sense is the server's to say."""
+    strategy = text_of(table, "strategy", where)
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ConfigError(f"{where}: 'strategy' is one of {', '.join(STRATEGIES)}, not '{strategy}'")
+    rules: dict[str, Any] = {}
+    for key in _ROLLOUT_NUMBERS:
+        value: object = table.get(key)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{where}: '{key}' must be a number")
+            rules[key] = value
+    steps: object = table.get("steps")
+    if steps is not None:
+        found = cast("list[object]", steps) if isinstance(steps, list) else []
+        if not found or not all(isinstance(step, int) and not isinstance(step, bool) for step in found):
+            raise ConfigError(f"{where}: 'steps' must be a list of percentages, as in [5, 25, 100]")
+        rules["steps"] = found
+    return strategy, rules
 
 
 def read_procfile(root: Path) -> dict[str, str]:

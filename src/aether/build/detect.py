@@ -64,6 +64,8 @@ def detect(root: Path, options: Options) -> Project:
         start=start,
         env={**config.env, **options.env},
         health_path=config.health_path,
+        strategy=config.strategy,
+        rollout=config.rollout,
         notes=tuple(notes),
     )
 

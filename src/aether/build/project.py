@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aether.artifact.pack import Packed
 from aether.artifact.tree import Entry
@@ -60,6 +61,9 @@ class Project:
     start: str
     env: Mapping[str, str]
     health_path: str | None
+    strategy: str | None = None
+    rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """How traffic moves to a new release, in the words of the API; what is absent is the server's to choose."""
     notes: tuple[str, ...] = ()
     """Decisions the user should see, one sentence each."""
 

@@ -20,6 +20,7 @@ def configure(parser: Parser) -> None:
     listing.configure(parser.add_action("list", "list apps (also without an action)"))
     create = parser.add_action("create", "create an app without deploying to it")
     create.add_argument("name", metavar="NAME", help="the app")
+    create.add_argument("--team", metavar="TEAM", help="the team that owns it (default: you)")
     add_format(create)
     info = parser.add_action("info", "show an app")
     info.add_argument("name", metavar="NAME", help="the app")
@@ -36,7 +37,7 @@ def run(arguments: Arguments, context: Context) -> int:
         return listing.run(arguments, context)
     name = check_app_name(arguments.name)
     if arguments.action == "create":
-        app = context.api.create_app(name)
+        app = context.api.create_app(name, arguments.team)
         context.result(app, lambda: f"created {name}; deploy to it with 'aether deploy --app {name}'")
     elif arguments.action == "info":
         arguments.app = name

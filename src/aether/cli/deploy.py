@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from aether.cli.arguments import add_format, add_timeout
+from aether.cli.arguments import add_format, add_timeout, seconds
 from aether.cli.output import escape
 from aether.cli.progress import progress_for
 from aether.cli.project import variables
@@ -22,6 +22,7 @@ from aether.model.names import check_app_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from aether.artifact.pack import Packed
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from aether.client.wire import Deployment
 
 KEPT_ARTIFACTS = 3
-STRATEGIES = ("rolling", "recreate")
+STRATEGIES = ("rolling", "recreate", "canary", "bluegreen")
 
 
 def configure(parser: Parser) -> None:
@@ -45,7 +46,19 @@ def configure(parser: Parser) -> None:
         "--runtime", metavar="NAME", help="e.g. node22, python3.11, static, binary (default: detected)"
     )
     parser.add_argument("--start", metavar="CMD", help="start command (default: from the project)")
-    parser.add_argument("--strategy", default="rolling", metavar="NAME", help="rolling or recreate (rolling)")
+    parser.add_argument(
+        "--strategy", metavar="NAME", help=f"{', '.join(STRATEGIES)} (default: from aether.toml, else rolling)"
+    )
+    parser.add_argument(
+        "--canary-steps",
+        type=percentages,
+        metavar="N,N,...",
+        help="shares of the requests in percent (1,5,25,50,100)",
+    )
+    parser.add_argument("--step-time", type=seconds, metavar="SECONDS", help="longest time of a canary step (30)")
+    parser.add_argument(
+        "--bake-time", type=seconds, metavar="SECONDS", help="how long bluegreen can still switch back (30)"
+    )
     add_timeout(parser)
     parser.add_argument("--detach", action="store_true", help="do not wait for the rollout")
     parser.add_argument("--dry-run", action="store_true", help="show what would be packed and why not; do nothing")
@@ -73,6 +86,17 @@ def level(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= 9:
         raise UsageError(f"--compression-level is a number from 0 to 9, not '{text}'")
     return int(text)
+
+
+def percentages(text: str) -> list[int]:
+    """`5,25,100` as numbers that rise to 100."""
+    words = [word.strip().removesuffix("%") for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise UsageError(f"--canary-steps is a list of percentages such as 5,25,100, not '{text}'")
+    found = [int(word) for word in words]
+    if found[0] < 1 or found[-1] != 100 or found != sorted(set(found)):
+        raise UsageError(f"--canary-steps must rise from at least 1 to 100, not '{text}'")
+    return found
 
 
 def run(arguments: Arguments, context: Context) -> int:
@@ -104,15 +128,14 @@ def run(arguments: Arguments, context: Context) -> int:
 
 
 def _check(arguments: Arguments) -> None:
-    if arguments.strategy in ("canary", "bluegreen") or arguments.dev_hot:
-        wanted = "--dev-hot" if arguments.dev_hot else f"--strategy {arguments.strategy}"
-        raise UsageError(f"{wanted} is not offered by this version; use --strategy {' or '.join(STRATEGIES)}")
+    if arguments.dev_hot:
+        raise UsageError("--dev-hot is not offered by this version")
     if arguments.legacy_sbom:
         raise UsageError("--legacy-sbom is not offered by this version, which writes no bill of materials yet")
     for flag, value in (("--app", arguments.app), ("--start", arguments.start), ("--runtime", arguments.runtime)):
         if value is not None and not value.strip():
             raise UsageError(f"{flag} is empty")
-    if arguments.strategy not in STRATEGIES:
+    if arguments.strategy is not None and arguments.strategy not in STRATEGIES:
         raise UsageError(f"--strategy is one of {', '.join(STRATEGIES)}, not '{arguments.strategy}'")
     if not os.path.isdir(arguments.folder):
         raise UsageError(f"'{arguments.folder}' is not a folder")
@@ -241,7 +264,8 @@ def _roll_out(context: Context, progress: Progress, made: Made, arguments: Argum
             command=project.start,
             env={**project.env, **made.plan.options.env},
             health={"path": project.health_path, "port": None} if project.health_path else None,
-            strategy=arguments.strategy,
+            strategy=arguments.strategy or project.strategy or STRATEGIES[0],
+            rollout=_rules(project.rollout, arguments),
             timeout_secs=arguments.timeout,
             idempotency_key=new_key(),
         )
@@ -255,6 +279,16 @@ def _roll_out(context: Context, progress: Progress, made: Made, arguments: Argum
         release = f"release v{deployment['release']}"
         progress.end(f"{release} was serving already" if repeated else f"{release} is serving")
     return deployment
+
+
+def _rules(project: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
+    """How traffic moves: flags over the project file; nothing given is the server's choice."""
+    flags = {
+        "steps": arguments.canary_steps,
+        "step_secs": arguments.step_time,
+        "bake_secs": arguments.bake_time,
+    }
+    return {**project, **{name: value for name, value in flags.items() if value is not None}}
 
 
 def _described(made: Made) -> dict[str, Any]:

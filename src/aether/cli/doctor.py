@@ -105,7 +105,8 @@ def _session(context: Context) -> Finding:
         return "ok", "none" + (", AETHER_TOKEN is used" if context.environ.get("AETHER_TOKEN") else "")
     if os.stat(path).st_mode & 0o077:
         return "fail", f"others can read {path}: run 'aether login' again, which makes it private"
-    return "ok", f"{session.name} ({session.role}) at {session.api_base}, until {session.expires_at or 'revoked'}"
+    until = session.refresh_expires_at or session.expires_at or "revoked"
+    return "ok", f"{session.name} ({session.role}) at {session.api_base}, until {until}"
 
 
 def _server(context: Context) -> Finding:

@@ -1,7 +1,8 @@
-"""`aether login`: exchange a token for a session and keep it.
+"""`aether login`: open a session with a token, or with a user's password, and keep it.
 
-The token never has to be typed on a command line: it is read from --token-file, from the data directory of a server
-on this machine, from a prompt, or from standard input.
+Neither has to be typed on a command line: a token is read from --token-file, from the data directory of a server on
+this machine, from a prompt, or from standard input; a password (--username without a token) from a prompt or from
+standard input.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def configure(parser: Parser) -> None:
     )
     parser.add_argument("--token", metavar="TOKEN", help="the token; '-' reads it from standard input")
     parser.add_argument("--token-file", metavar="FILE", help="a file that holds the token")
-    parser.add_argument("--username", metavar="NAME", help="insist on being this user")
+    parser.add_argument(
+        "--username", metavar="NAME", help="log in with this user's password; with a token: insist on being this user"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="data directory of a server on this machine")
     parser.add_argument("--insecure-http", action="store_true", help="send the token over plain HTTP to another host")
     add_format(parser)
@@ -37,6 +40,7 @@ def configure(parser: Parser) -> None:
 def run(arguments: Arguments, context: Context) -> int:
     from aether.client.api import Api
     from aether.client.dial import Origin
+    from aether.client.renewal import Locked
     from aether.client.transport import Transport
 
     base = _base(arguments, context)
@@ -49,14 +53,28 @@ def run(arguments: Arguments, context: Context) -> int:
     with Api(Transport(base, on_event=on_event)) as api:
         # a server that is not there is said before anybody types a token
         api.alive()
-        answer = api.login(_token(arguments, context, origin))
+        if arguments.username and not arguments.token and not arguments.token_file:
+            answer = api.login_with_password(arguments.username, _password(arguments.username, origin))
+        else:
+            answer = api.login(_token(arguments, context, origin))
         if arguments.username and answer["name"] != arguments.username:
             api.transport.token = answer["token"]
             api.logout()
             raise ConfigError(f"this token belongs to {answer['name']}, not to {arguments.username}")
-    session = Session(base, answer["token"], answer["name"], answer["role"], answer["expires_at"] or "")
-    path = write_session(session, context.environ)
-    shown = {"api_base": base, "name": session.name, "role": session.role, "expires_at": session.expires_at or None}
+    session = Session(
+        base,
+        answer["token"],
+        answer["name"],
+        answer["role"],
+        answer["expires_at"] or "",
+        answer.get("refresh_token") or "",
+        answer.get("refresh_expires_at") or "",
+    )
+    with Locked(context.environ):
+        path = write_session(session, context.environ)
+    # the access token is renewed by itself; what ends the session is the refresh token
+    until = session.refresh_expires_at or session.expires_at or None
+    shown = {"api_base": base, "name": session.name, "role": session.role, "expires_at": until}
     context.result({**shown, "session": path}, lambda: f"logged in to {base} as {session.name} ({session.role})")
     if context.environ.get("AETHER_TOKEN"):
         context.log.warn("AETHER_TOKEN is set and wins over this session")
@@ -100,16 +118,27 @@ def _token(arguments: Arguments, context: Context, origin: Origin) -> str:
         return _checked(arguments.token)
     if arguments.token_file:
         return _checked(_read(arguments.token_file))
-    if arguments.token is None and not arguments.username and origin.is_loopback:
+    if arguments.token is None and origin.is_loopback:
         found = _local_token(arguments, origin)
         if found:
             return found
     if sys.stdin.isatty():
         from getpass import getpass
 
-        who = f" of {arguments.username}" if arguments.username else ""
-        return _checked(getpass(f"Token{who} for {origin}: "))
+        return _checked(getpass(f"Token for {origin}: "))
     return _checked(sys.stdin.readline())
+
+
+def _password(username: str, origin: Origin) -> str:
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        password = getpass(f"Password of {username} for {origin}: ")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    if not password:
+        raise UsageError("no password given: type it at the prompt, or give it on standard input")
+    return password
 
 
 def _checked(text: str) -> str:

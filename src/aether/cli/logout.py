@@ -18,6 +18,7 @@ def configure(parser: Parser) -> None:
 
 def run(arguments: Arguments, context: Context) -> int:
     from aether.client.api import Api
+    from aether.client.renewal import Locked, renewal
     from aether.client.transport import Transport
 
     try:
@@ -29,13 +30,16 @@ def run(arguments: Arguments, context: Context) -> int:
         context.result({"logged_out": False}, lambda: "not logged in")
         return 0
     try:
-        with Api(Transport(session.api_base, session.token, timeout_s=10.0)) as api:
+        # an access token that has run out is renewed first: only a valid one ends its session
+        renew = renewal(context.environ, session.api_base)
+        with Api(Transport(session.api_base, session.token, timeout_s=10.0, renew=renew)) as api:
             api.logout()
     except Unauthorized:
         context.log.debug("the server had ended the session already")
     except NetworkError as error:
         raise NetworkError(f"forgotten here, but not revoked on the server: {error.message}") from error
     finally:
-        remove_session(context.environ)
+        with Locked(context.environ):
+            remove_session(context.environ)
     context.result({"logged_out": True, "api_base": session.api_base}, lambda: f"logged out of {session.api_base}")
     return 0

@@ -27,6 +27,7 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "deploy": "build, pack, upload and roll out a project",
         "rollback": "make an earlier release the active one again",
         "releases": "list the releases of an app, or compare two",
+        "scale": "show and change how many instances of an app run",
         "config": "show and change the environment of an app",
     },
     "Look": {
@@ -40,6 +41,8 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "up": "run the whole platform on this machine",
         "login": "log in to a server",
         "logout": "revoke the session and forget it",
+        "user": "create, list and disable users, and make tokens for CI",
+        "team": "create and list teams and say who is in them",
         "doctor": "check this machine, the session and the server",
         "completions": "print a completion script for bash, zsh or fish",
     },

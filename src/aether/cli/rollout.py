@@ -66,13 +66,15 @@ def _watch(
         said[event["phase"]] = event["message"]
         progress.step(f"{event['phase']}: {event['message']}" if event["message"] else event["phase"])
 
+    # a server of an earlier minor version does not tell, and has no rollouts that take longer
+    longest = max(timeout_s, deployment.get("longest_secs", 0.0))
     try:
         return context.api.watch_deployment(
-            deployment["id"], on_event, deadline=time.monotonic() + timeout_s + GRACE_S, on_state=context.log.warn
+            deployment["id"], on_event, deadline=time.monotonic() + longest + GRACE_S, on_state=context.log.warn
         )
     except TimeoutError:
         outcome = _after_cancel(context, deployment, progress)
-        raise RolloutFailed(f"the rollout did not end within {timeout_s:g} s: {outcome}") from None
+        raise RolloutFailed(f"the rollout did not end within {longest:g} s: {outcome}") from None
 
 
 def _after_cancel(context: Context, deployment: Deployment, progress: Progress) -> str:

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
         Identity,
         Login,
         LogLine,
+        MachineToken,
         Page,
         Presigned,
         Release,
+        Team,
+        User,
     )
 
     Item = TypeVar("Item")
@@ -42,7 +45,14 @@ def connect(environ: Mapping[str, str] = os.environ, *, on_event: OnEvent | None
     from aether.client.session import endpoint
 
     found = endpoint(environ)
-    return Api(Transport(found.api_base, found.token, on_event=on_event))
+
+    def renew(refused: str) -> str | None:
+        from aether.client.renewal import renewal
+
+        return renewal(environ, found.api_base, on_event=on_event)(refused)
+
+    is_session = found.token_from == "session"
+    return Api(Transport(found.api_base, found.token, on_event=on_event, renew=renew if is_session else None))
 
 
 def pages(fetch: Callable[[str | None], Page[Item]]) -> Iterator[Item]:
@@ -87,8 +97,17 @@ class Api:
         """Exchange a static token for a session token."""
         return self._send("POST", "/auth/login", {"token": token})
 
+    def login_with_password(self, username: str, password: str) -> Login:
+        """Open a session for a user."""
+        return self._send("POST", "/auth/login", {"username": username, "password": password})
+
+    def refresh(self, refresh_token: str, following: str) -> Login:
+        """New tokens for a refresh token; with the same `following` it may be repeated until that is used."""
+        content = {"refresh_token": refresh_token, "next": following}
+        return self._send("POST", "/auth/refresh", content, repeatable=True)
+
     def logout(self) -> None:
-        """Revoke the session token of this transport."""
+        """End the session whose access token this transport carries."""
         self.transport.request("POST", "/auth/logout")
 
     def whoami(self) -> Identity:
@@ -102,10 +121,50 @@ class Api:
         """What /readyz says; raises ServiceUnavailable when a dependency is missing."""
         return self.transport.request("GET", "/readyz", timeout_s=timeout_s).json()
 
+    # --- users, teams, tokens -----------------------------------------------------------------------
+
+    def create_user(self, name: str, role: str, password: str | None, email: str | None) -> User:
+        content = {"name": name, "role": role, "password": password, "email": email}
+        return self._send("POST", "/users", {key: value for key, value in content.items() if value is not None})
+
+    def users(self, *, limit: int | None = None, cursor: str | None = None) -> Page[User]:
+        return self._get("/users", limit=limit, cursor=cursor)
+
+    def change_user(self, name: str, **change: str | bool) -> User:
+        """`change` has role, disabled, password, current_password."""
+        return self._send("PATCH", f"/users/{quote(name, safe='')}", change)
+
+    def create_team(self, name: str) -> Team:
+        return self._send("POST", "/teams", {"name": name})
+
+    def teams(self, *, limit: int | None = None, cursor: str | None = None) -> Page[Team]:
+        return self._get("/teams", limit=limit, cursor=cursor)
+
+    def add_member(self, team: str, user: str) -> Team:
+        return self.transport.request("PUT", _member(team, user)).json()
+
+    def remove_member(self, team: str, user: str) -> None:
+        self.transport.request("DELETE", _member(team, user))
+
+    def create_token(
+        self, name: str, *, user: str | None, role: str | None, apps: Sequence[str] | None, expires_in_secs: int
+    ) -> MachineToken:
+        content = {"name": name, "user": user, "role": role, "apps": apps, "expires_in_secs": expires_in_secs}
+        return self._send("POST", "/tokens", {key: value for key, value in content.items() if value is not None})
+
+    def tokens(
+        self, *, user: str | None = None, limit: int | None = None, cursor: str | None = None
+    ) -> Page[MachineToken]:
+        return self._get("/tokens", user=user, limit=limit, cursor=cursor)
+
+    def revoke_token(self, token_id: str) -> None:
+        self.transport.request("DELETE", f"/tokens/{quote(token_id, safe='')}")
+
     # --- apps ---------------------------------------------------------------------------------------
 
-    def create_app(self, name: str) -> App:
-        return self._send("POST", "/apps", {"name": name})
+    def create_app(self, name: str, team: str | None = None) -> App:
+        """Owned by `team`, or by the caller itself."""
+        return self._send("POST", "/apps", {"name": name} if team is None else {"name": name, "team": team})
 
     def apps(self, *, q: str | None = None, limit: int | None = None, cursor: str | None = None) -> Page[App]:
         return self._get("/apps", q=q, limit=limit, cursor=cursor)
@@ -143,6 +202,10 @@ class Api:
         named = {"digest": digest, "version": version, "deployment_id": deployment_id}
         content = {key: value for key, value in named.items() if value is not None}
         return self._send("POST", f"{_app(name)}/rollback", content, **_key(idempotency_key))
+
+    def scale(self, name: str, sizes: Mapping[str, int]) -> App:
+        """Have so many instances of each process type run; answers before they do."""
+        return self._send("POST", f"{_app(name)}/scale", dict(sizes), repeatable=True)
 
     def config(self, name: str) -> Config:
         return self._get(f"{_app(name)}/config")
@@ -188,6 +251,7 @@ class Api:
         health: Health | None = None,
         strategy: str = "rolling",
         timeout_secs: int = 120,
+        rollout: Mapping[str, Any] | None = None,
         description: str | None = None,
         idempotency_key: str | None = None,
     ) -> tuple[Deployment, bool]:
@@ -203,6 +267,8 @@ class Api:
         }
         if health is not None:
             content["health"] = health
+        if rollout:
+            content["rollout"] = dict(rollout)
         if description is not None:
             content["description"] = description
         reply = self.transport.request("POST", "/deployments", content=content, **_key(idempotency_key))
@@ -309,6 +375,10 @@ def new_key() -> str:
 
 def _app(name: str) -> str:
     return f"/apps/{quote(name, safe='')}"
+
+
+def _member(team: str, user: str) -> str:
+    return f"/teams/{quote(team, safe='')}/members/{quote(user, safe='')}"
 
 
 def _deployment(deployment_id: str) -> str:

@@ -22,16 +22,35 @@ DEFAULT_API_BASE = "http://127.0.0.1:8080"
 
 
 class Session:
-    """A login that is kept between commands. `expires_at` is ISO-8601."""
+    """A login that is kept between commands. Times are ISO-8601.
 
-    __slots__ = ("api_base", "expires_at", "name", "role", "token")
+    `next_refresh` is the refresh token that this client has drawn to follow `refresh_token`, kept before it is sent
+    (see `aether.client.renewal`); empty texts are not written.
+    """
 
-    def __init__(self, api_base: str, token: str, name: str = "", role: str = "", expires_at: str = "") -> None:
+    __slots__ = (
+        "api_base", "expires_at", "name", "next_refresh", "refresh_expires_at", "refresh_token", "role", "token",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        api_base: str,
+        token: str,
+        name: str = "",
+        role: str = "",
+        expires_at: str = "",
+        refresh_token: str = "",
+        refresh_expires_at: str = "",
+        next_refresh: str = "",
+    ) -> None:
         self.api_base = api_base
         self.token = token
         self.name = name
         self.role = role
         self.expires_at = expires_at
+        self.refresh_token = refresh_token
+        self.refresh_expires_at = refresh_expires_at
+        self.next_refresh = next_refresh
 
 
 class Endpoint:
@@ -89,7 +108,7 @@ def read_session(environ: Mapping[str, str] = os.environ) -> Session | None:
         with open(path, "rb") as file:
             content = json.loads(file.read())
         texts = {key: content[key] for key in ("api_base", "token")}
-        texts.update({key: content.get(key) or "" for key in ("name", "role", "expires_at")})
+        texts.update({key: content.get(key) or "" for key in Session.__slots__ if key not in texts})
         if not all(isinstance(value, str) for value in texts.values()):
             raise TypeError
     except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +128,8 @@ def write_session(session: Session, environ: Mapping[str, str] = os.environ) -> 
     path = session_path(environ)
     folder = os.path.dirname(path)
     part = os.path.join(folder, f".session.{os.getpid()}.{os.urandom(6).hex()}")
-    content = json.dumps({name: getattr(session, name) for name in Session.__slots__}).encode()
+    texts = {name: getattr(session, name) for name in Session.__slots__}
+    content = json.dumps({name: text for name, text in texts.items() if text}).encode()
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -20,7 +20,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 from aether import __version__
 from aether.client.dial import BLOCK_BYTES, CONNECT_TIMEOUT_S, Connection, Origin
-from aether.model.errors import AetherError, NetworkError, from_wire
+from aether.model.errors import AetherError, NetworkError, Unauthorized, from_wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,10 +109,20 @@ class Stream:
 
 
 class Transport:
-    """One server and one token; keeps one idle connection. Not for use by several threads at once."""
+    """One server and one token; keeps one idle connection. Not for use by several threads at once.
+
+    `renew` is asked for another token when the server refuses the one it is given; None from it means that there
+    is none.
+    """
 
     def __init__(
-        self, base: str, token: str | None = None, *, timeout_s: float = 30.0, on_event: OnEvent | None = None
+        self,
+        base: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        on_event: OnEvent | None = None,
+        renew: Callable[[str], str | None] | None = None,
     ) -> None:
         self.base = base
         self.origin = Origin(base)
@@ -121,6 +131,7 @@ class Transport:
         self._prefix = "" if self.origin.path else urlsplit(base).path.rstrip("/")
         self._idle: Connection | None = None
         self._on_event = on_event
+        self._renew = renew
 
     def close(self) -> None:
         if self._idle is not None:
@@ -153,15 +164,26 @@ class Transport:
         fields = dict(headers or {})
         if body is not None:
             fields["Content-Type"] = "application/json"
-        return self._call(
-            method,
-            self._url(path, query),
-            fields,
-            (lambda: body) if body is not None else None,
-            method in _REPEATABLE if repeatable is None else repeatable,
-            time.monotonic() + (timeout_s or self.timeout_s),
-            None,
-        )
+        patience = timeout_s or self.timeout_s
+
+        def send() -> Reply:
+            return self._call(
+                method,
+                self._url(path, query),
+                fields,
+                (lambda: body) if body is not None else None,
+                method in _REPEATABLE if repeatable is None else repeatable,
+                time.monotonic() + patience,
+                None,
+            )
+
+        try:
+            return send()
+        except Unauthorized:
+            # a refused request has done nothing, so it may be sent again whatever its method
+            if not self._renewed():
+                raise
+            return send()
 
     def put_file(
         self,
@@ -195,7 +217,28 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Stream:
-        """GET `path` and return the open answer; one attempt. `timeout_s` bounds the wait for its headers."""
+        """GET `path` and return the open answer; one attempt, and another one with a renewed token. `timeout_s`
+        bounds the wait for its headers."""
+        try:
+            return self._open(path, query, headers, timeout_s)
+        except Unauthorized:
+            if not self._renewed():
+                raise
+            return self._open(path, query, headers, timeout_s)
+
+    def _renewed(self) -> bool:
+        """Whether there is another token to try."""
+        if self._renew is None or not self.token:
+            return False
+        token = self._renew(self.token)
+        if token is None or token == self.token:
+            return False
+        self.token = token
+        return True
+
+    def _open(
+        self, path: str, query: Query | None, headers: Mapping[str, str] | None, timeout_s: float | None
+    ) -> Stream:
         connection = Connection(self.origin)
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         try:

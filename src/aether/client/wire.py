@@ -3,10 +3,10 @@
 Times are ISO-8601 UTC with microseconds and `Z`; sizes are bytes.
 """
 
-from typing import Generic, Literal, TypedDict, TypeVar
+from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
 Item = TypeVar("Item")
-AppStatus = Literal["running", "starting", "degraded", "failed", "empty"]
+AppStatus = Literal["running", "starting", "degraded", "stopped", "failed", "empty"]
 
 
 class Page(TypedDict, Generic[Item]):
@@ -66,6 +66,7 @@ class Deployment(TypedDict):
     command: str
     status: str
     strategy: str
+    longest_secs: float
     release: int | None
     description: str | None
     rollback_of: str | None
@@ -117,6 +118,40 @@ class Login(TypedDict):
     name: str
     role: str
     expires_at: str
+    refresh_token: str | None
+    refresh_expires_at: str | None
+
+
+class User(TypedDict):
+    id: str
+    name: str
+    email: str | None
+    auth_provider: str
+    role: str
+    disabled: bool
+    has_password: bool
+    teams: list[str]
+    created_at: str
+
+
+class Team(TypedDict):
+    name: str
+    members: list[str]
+    created_at: str
+
+
+class MachineToken(TypedDict):
+    """`token` is there in the answer that made it."""
+
+    id: str
+    name: str
+    user: str
+    role: str
+    apps: list[str] | None
+    created_by: str
+    created_at: str
+    expires_at: str
+    token: NotRequired[str]
 
 
 class Identity(TypedDict):

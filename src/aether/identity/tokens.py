@@ -1,34 +1,34 @@
 """Bearer tokens: checked in constant time, stored only as SHA-256, never logged.
 
-Three kinds: static ones from the settings, the bootstrap admin token that the first start writes to a file
-only the server's user can read, and session tokens that `aether login` exchanges one of the others for.
-Which route needs which role is declared at the routes.
+Four kinds: static ones from the settings, the bootstrap admin token that the first start writes to a file only
+the server's user can read, access tokens of sessions, and scoped tokens for machines. Which route needs which
+role is in `aether.api.authorization`; what a credential acts for is found here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
+import json
 import os
-import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
-from aether.identity.roles import Principal, Role
+from aether.identity.accounts import acts_for
+from aether.identity.roles import DEFAULT_TEAM, Principal, Role
+from aether.identity.secrets import BOOTSTRAP, hash_token, new_token
 from aether.model.database import DatabasePort
 from aether.model.errors import Unauthorized
 from aether.model.names import new_id
 from aether.model.times import now_us
-from aether.stores.database.tables import tokens
+from aether.stores.database.tables import sessions, tokens, users
 
-SESSION_SECS = 30 * 86_400
-_CACHE_SECS = 10.0
-"""How long another server process may go on accepting a token revoked here."""
+_CACHE_SECS = 2.0
+"""How long another server process may go on accepting what was revoked here; here it ends at once."""
 _CACHE_ENTRIES = 1024
 _ANONYMOUS = Principal("anonymous", Role.ADMIN, "anonymous")
 
@@ -42,14 +42,6 @@ class StaticTokenLike(Protocol):
     def name(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A new session token; the only moment at which its text is known."""
-
-    principal: Principal
-    token: str = field(repr=False)
-
-
 class TokenService:
     """Decides who a token belongs to. With `required=False` everybody is an anonymous admin."""
 
@@ -57,9 +49,10 @@ class TokenService:
         self, database: DatabasePort, static: Sequence[StaticTokenLike] = (), *, required: bool = True
     ) -> None:
         self._database = database
-        self._static = [(_hash(s.token), Principal(s.name, Role.parse(s.role), "static")) for s in static]
+        self._static = [(hash_token(s.token), Principal(s.name, Role.parse(s.role), "static")) for s in static]
         self._required = required
         self._cache: dict[str, tuple[Principal, float]] = {}
+        self._generation = 0
 
     async def authenticate(self, token: str | None) -> Principal:
         """Raises Unauthorized for a missing, unknown, expired or revoked token."""
@@ -67,37 +60,38 @@ class TokenService:
             if not self._required:
                 return _ANONYMOUS
             raise Unauthorized("a token is needed: send 'Authorization: Bearer <token>' (aether login gets one)")
-        hashed = _hash(token)
-        found = self._find_static(hashed) or self._find_cached(hashed) or await self._find_stored(hashed)
+        found = await self.holder(hash_token(token))
         if found is not None:
             return found
         if not self._required:
             return _ANONYMOUS
         raise Unauthorized("the token is unknown, expired or revoked; get a new one with 'aether login'")
 
-    async def login(self, token: str) -> Session:
-        """Exchange a valid token for a session token with the same name and role, valid 30 days and, when
-        the given one is a session itself, no longer than that. Raises Unauthorized."""
-        given = await self.authenticate(token)
-        now = now_us()
-        expires_at = now + SESSION_SECS * 1_000_000
-        if given.expires_at is not None:
-            expires_at = min(expires_at, given.expires_at)
-        principal = Principal(given.name, given.role, "session", expires_at)
-        session = Session(principal, "aes_" + secrets.token_urlsafe(32))
-        async with self._database.write() as tx:
-            await tx.execute(sa.delete(tokens).where(tokens.c.kind == "session", tokens.c.expires_at <= now))
-            await tx.execute(_insert(session.token, principal, now))
-        return session
+    async def holder(self, hashed: str) -> Principal | None:
+        """Who the token with this hash belongs to now."""
+        if (known := self._find_cached(hashed)) is not None:
+            return known
+        generation = self._generation
+        static = self._find_static(hashed)
+        found = await self._find_stored(hashed) if static is None else await self._with_owners(static)
+        # what was read before a revocation must not be remembered after it
+        if found is not None and generation == self._generation:
+            if len(self._cache) >= _CACHE_ENTRIES:
+                self._cache.clear()
+            self._cache[hashed] = (found, time.monotonic() + _CACHE_SECS)
+        return found
 
-    async def logout(self, token: str | None) -> None:
-        """Revoke a session token; other kinds stay as they are, because they are not the caller's to end."""
-        if not token:
-            return
-        hashed = _hash(token)
+    def forget(self) -> None:
+        """Look everything up anew: something was revoked or changed."""
+        self._generation += 1
+        self._cache.clear()
+
+    async def end_old_session(self, token: str) -> None:
+        """Revoke a session of the kind without refresh tokens."""
+        old = sa.and_(tokens.c.token_hash == hash_token(token), tokens.c.kind == "session")
         async with self._database.write() as tx:
-            await tx.execute(sa.delete(tokens).where(tokens.c.token_hash == hashed, tokens.c.kind == "session"))
-        self._cache.pop(hashed, None)
+            await tx.execute(sa.delete(tokens).where(old))
+        self.forget()
 
     async def ensure_bootstrap(self, file: Path) -> None:
         """Keep exactly one bootstrap admin token, whose text is in `file` (0600).
@@ -107,14 +101,15 @@ class TokenService:
         """
         token = _read_private(file)
         if token is None:
-            token = "aeb_" + secrets.token_urlsafe(32)
+            token = new_token(BOOTSTRAP)
             _write_private(file, token)
-        hashed, now = _hash(token), now_us()
+        hashed = hash_token(token)
+        row = {"id": new_id(), "token_hash": hashed, "name": "admin", "role": "admin", "kind": "bootstrap"}
         async with self._database.write() as tx:
             await tx.execute(sa.delete(tokens).where(tokens.c.kind == "bootstrap", tokens.c.token_hash != hashed))
             known = await tx.scalar(sa.select(tokens.c.id).where(tokens.c.token_hash == hashed))
             if known is None:
-                await tx.execute(_insert(token, Principal("admin", Role.ADMIN, "bootstrap"), now))
+                await tx.execute(sa.insert(tokens).values(created_at=now_us(), **row))
 
     def _find_static(self, hashed: str) -> Principal | None:
         found: Principal | None = None
@@ -129,39 +124,51 @@ class TokenService:
             return None
         return entry[0]
 
-    async def _find_stored(self, hashed: str) -> Principal | None:
+    async def _with_owners(self, static: Principal) -> Principal | None:
         async with self._database.read() as tx:
-            query = sa.select(tokens).where(tokens.c.token_hash == hashed, tokens.c.revoked_at.is_(None))
+            owner, owners, disabled = await acts_for(tx, static.name)
+        return None if disabled else replace(static, owner=owner, owners=owners)
+
+    async def _find_stored(self, hashed: str) -> Principal | None:
+        query = (
+            sa.select(tokens, users.c.name.label("user"), users.c.role.label("user_role"), users.c.disabled_at)
+            .add_columns(sessions.c.revoked_at.label("ended_at"), sessions.c.credential_hash)
+            .outerjoin(users, users.c.id == tokens.c.user_id)
+            .outerjoin(sessions, sessions.c.id == tokens.c.session_id)
+            .where(tokens.c.token_hash == hashed, tokens.c.revoked_at.is_(None))
+        )
+        async with self._database.read() as tx:
             row = (await tx.execute(query)).one_or_none()
-        if row is None:
-            return None
-        principal = Principal(row.name, Role.parse(row.role), row.kind, row.expires_at)
-        if _expired(principal):
-            return None
-        if len(self._cache) >= _CACHE_ENTRIES:
-            self._cache.clear()
-        self._cache[hashed] = (principal, time.monotonic() + _CACHE_SECS)
-        return principal
+            if row is None or row.ended_at is not None or row.disabled_at is not None:
+                return None
+            owner, owners, disabled = (DEFAULT_TEAM, frozenset({DEFAULT_TEAM}), False)
+            if row.kind != "bootstrap":
+                owner, owners, disabled = await acts_for(tx, row.user or row.name)
+        principal = Principal(
+            name=row.user or row.name,
+            role=_role(row),
+            kind="session" if row.kind == "access" else row.kind,
+            expires_at=row.expires_at,
+            owner=owner,
+            owners=owners,
+            apps=None if row.apps is None else frozenset(json.loads(row.apps)),
+            user_id=row.user_id,
+            session_id=row.session_id,
+        )
+        return None if disabled or _expired(principal) else principal
 
 
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+def _role(row: Any) -> Role:
+    """A user's role as it is now; a token or what was exchanged for one has no more than was given to it."""
+    own = Role.parse(row.role)
+    if row.user_role is None:
+        return own
+    users_role = Role.parse(row.user_role)
+    return users_role if row.kind == "access" and row.credential_hash is None else min(own, users_role)
 
 
 def _expired(principal: Principal) -> bool:
     return principal.expires_at is not None and principal.expires_at <= now_us()
-
-
-def _insert(token: str, principal: Principal, now: int) -> sa.Insert:
-    return sa.insert(tokens).values(
-        id=new_id(),
-        token_hash=_hash(token),
-        name=principal.name,
-        role=principal.role.label,
-        kind=principal.kind,
-        created_at=now,
-        expires_at=principal.expires_at,
-    )
 
 
 def _read_private(file: Path) -> str | None:

@@ -3,7 +3,7 @@
     pending → verifying → rolling_out → active → superseded
                                       ↘ rolling_back → rolled_back
     pending | verifying | rolling_out → failed | cancelled
-    rolling_back → failed
+    rolling_back → failed | cancelled
 
 A move outside the table is a programming error and is refused before anything is written.
 """
@@ -31,7 +31,7 @@ MOVES: dict[DeploymentStatus, frozenset[DeploymentStatus]] = {
     _S.PENDING: frozenset({_S.VERIFYING, _S.FAILED, _S.CANCELLED}),
     _S.VERIFYING: frozenset({_S.ROLLING_OUT, _S.FAILED, _S.CANCELLED}),
     _S.ROLLING_OUT: frozenset({_S.ACTIVE, _S.FAILED, _S.CANCELLED, _S.ROLLING_BACK}),
-    _S.ROLLING_BACK: frozenset({_S.ROLLED_BACK, _S.FAILED}),
+    _S.ROLLING_BACK: frozenset({_S.ROLLED_BACK, _S.FAILED, _S.CANCELLED}),
     _S.ACTIVE: frozenset({_S.SUPERSEDED}),
     _S.FAILED: frozenset(),
     _S.CANCELLED: frozenset(),

@@ -92,8 +92,12 @@ async def stored(tx: AsyncConnection, app: str, digest: str) -> Artifact | None:
     return None if row is None else _artifact(row)
 
 
-async def newest(tx: AsyncConnection, digest: str, app_name: str | None) -> Artifact | None:
+async def newest(
+    tx: AsyncConnection, digest: str, app_name: str | None, only: sa.ColumnElement[bool] | None
+) -> Artifact | None:
     query = _STORED.where(artifacts.c.digest == digest)
+    if only is not None:
+        query = query.where(only)
     if app_name is not None:
         query = query.where(applications.c.name == app_name)
     row = (await tx.execute(query.order_by(artifacts.c.created_at.desc()).limit(1))).one_or_none()
@@ -101,12 +105,18 @@ async def newest(tx: AsyncConnection, digest: str, app_name: str | None) -> Arti
 
 
 async def listed(
-    tx: AsyncConnection, app_name: str | None, limit: int, after: tuple[int, str] | None
+    tx: AsyncConnection,
+    app_name: str | None,
+    limit: int,
+    after: tuple[int, str] | None,
+    only: sa.ColumnElement[bool] | None,
 ) -> list[Artifact]:
-    """Newest first, from just behind `after` = (created_at, id)."""
+    """Newest first, from just behind `after` = (created_at, id); `only` is a condition on `applications`."""
     query = _STORED.order_by(artifacts.c.created_at.desc(), artifacts.c.id.desc()).limit(limit)
     if app_name is not None:
         query = query.where(applications.c.name == app_name)
+    if only is not None:
+        query = query.where(only)
     if after is not None:
         query = query.where(sa.tuple_(artifacts.c.created_at, artifacts.c.id) < sa.tuple_(*after))
     return [_artifact(row) for row in await tx.execute(query)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from aether.model.database import DatabasePort
@@ -164,28 +165,38 @@ class Registry:
         self._metrics.complete_seconds.observe(time.perf_counter() - began)
         return done
 
-    async def find(self, digest: str, app: str | None = None) -> Artifact:
-        """The newest stored artifact with this digest. Raises NotFound, InvalidDigest."""
+    async def find(self, digest: str, app: str | None = None, only: sa.ColumnElement[bool] | None = None) -> Artifact:
+        """The newest stored artifact with this digest, of apps for which `only` (a condition on `applications`)
+        holds. Raises NotFound, InvalidDigest."""
         _check_digest(digest)
         async with self._database.read() as tx:
-            found = await records.newest(tx, digest, app)
+            found = await records.newest(tx, digest, app, only)
         if found is None:
             raise NotFound("there is no artifact with this digest")
         return found
 
-    async def download(self, digest: str, app: str | None = None) -> SignedRequest:
-        """A fresh signed GET. Raises NotFound, InvalidDigest."""
-        found = await self.find(digest, app)
+    async def download(
+        self, digest: str, app: str | None = None, only: sa.ColumnElement[bool] | None = None
+    ) -> SignedRequest:
+        """A fresh signed GET of what `find` finds. Raises NotFound, InvalidDigest."""
+        found = await self.find(digest, app, only)
         name = f"{found.app}-{digest[:12]}.tar.gz"
         self._metrics.events.labels("download").inc()
         return self._objects.sign_get(found.storage_key, self._settings.presign_expire_secs, name)
 
-    async def list(self, app: str | None, limit: int, after: tuple[int, str] | None) -> list[Artifact]:
-        """Up to `limit` artifacts, newest first. Raises NotFound for an unknown app."""
+    async def list(
+        self,
+        app: str | None,
+        limit: int,
+        after: tuple[int, str] | None,
+        only: sa.ColumnElement[bool] | None = None,
+    ) -> list[Artifact]:
+        """Up to `limit` artifacts, newest first; `only` is a condition on `applications`. Raises NotFound for an
+        unknown app."""
         async with self._database.read() as tx:
             if app is not None:
                 await records.app_id(tx, app)
-            return await records.listed(tx, app, limit, after)
+            return await records.listed(tx, app, limit, after, only)
 
     async def drop_app(self, app: str) -> None:
         """Delete the objects of an app whose rows are gone. Idempotent."""

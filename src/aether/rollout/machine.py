@@ -4,10 +4,10 @@
 can be taken up from its recorded state by any server. Applying the actions, the health gate and the records belong
 to the caller. A strategy is one function in `_STRATEGIES` that says how a release goes from nothing to promoted.
 
-The one commit point is `Promote`: before it the old release serves (or, with recreate, is brought back), after it
-the new one is the app's release and `Route` may be repeated without harm. A cancellation is a change of status that
-somebody else wrote (promotion and cancellation compare and set the same field, so one of them loses); here it is
-seen as the status it left.
+The one commit point is `Promote`: before it the old release runs and gets every request that is not given to the new
+one on trial (or, with recreate, is brought back), after it the new one is the app's release and `Route` may be
+repeated without harm. A cancellation is a change of status that somebody else wrote (promotion and cancellation
+compare and set the same field, so one of them loses); here it is seen as the status it left.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from aether.model.deployment import SETTLED, DeploymentStatus
 
 class Strategy(StrEnum):
     ROLLING = "rolling"
-    """The new instances start beside the old ones; traffic moves once they are healthy."""
+    """The new instances start beside the old ones, some at a time; traffic moves once all of them are healthy."""
     RECREATE = "recreate"
     """The old instances end before the new ones start: for apps that must never run twice."""
+    CANARY = "canary"
+    """Traffic moves to the new instances in steps, each judged by what they answered."""
+    BLUEGREEN = "bluegreen"
+    """All traffic moves at once; for a while the old instances stand by and get it back if the new ones fail."""
 
 
 class Observed(StrEnum):
@@ -74,6 +78,18 @@ class RolloutView:
     new: tuple[InstanceView, ...] = ()
     old_held: bool = False
     """The old release is kept from being restarted (recreate)."""
+    steps: int = 0
+    """How many steps the traffic moves in; 0 for strategies that move it by the promotion."""
+    step: int = 0
+    """The step that this server has applied, counted from 1; 0 while the old release gets everything."""
+    reached: int = 0
+    """The step that is on record: a successor goes on there."""
+    step_ends: float = 0.0
+    """When the step's time is over."""
+    passed: bool = False
+    """The step was answered well enough to end before its time."""
+    refused: Reason | None = None
+    """Why the new release must not keep the traffic it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,25 @@ class Start:
     """Start `count` new instances and put each through the health gate."""
 
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Record a step and give the new instances its share of the requests."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """rolling_out → rolling_back: the old release gets every request again."""
+
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """rolling_back → rolled_back: nothing of the new release is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +167,25 @@ class Fail:
     reason: Reason
 
 
-Action = Verify | Begin | Start | Promote | Route | HoldOld | RestoreOld | Drain | Stop | Fail
+Action = (
+    Verify
+    | Begin
+    | Start
+    | Shift
+    | Promote
+    | Route
+    | HoldOld
+    | RestoreOld
+    | Drain
+    | Stop
+    | Fail
+    | RollBack
+    | RolledBack
+)
 
+BATCHES = 4
+GATE_INTERVAL_SECS = 0.25
+"""How often a step is looked at."""
 INTERRUPTED = Reason("rollout_interrupted", "the rollout was interrupted and cannot go on")
 
 
@@ -145,9 +197,9 @@ def decide(view: RolloutView, now: float) -> Sequence[Action]:
         case DeploymentStatus.VERIFYING:
             return _ended_early(view, now) or _verifying(view)
         case DeploymentStatus.ROLLING_OUT:
-            return _ended_early(view, now) or _rolling_out(view)
+            return _ended_early(view, now) or _rolling_out(view, now)
         case DeploymentStatus.ROLLING_BACK:
-            return (Fail(INTERRUPTED),)
+            return _take_down(view.new) if _live(view.new) else (RolledBack(),)
         case DeploymentStatus.ACTIVE:
             return _promoted(view, now)
         case _:
@@ -165,15 +217,22 @@ def finished(view: RolloutView) -> bool:
 
 def wakes_at(view: RolloutView, now: float) -> float | None:
     """When `decide` must be asked again even if nothing changes; None if never, always later than `now`."""
-    if finished(view) or view.deadline <= now:
+    if finished(view):
         return None
-    return view.deadline
+    if view.status is DeploymentStatus.ROLLING_OUT and view.step:
+        return now + GATE_INTERVAL_SECS
+    return view.deadline if view.deadline > now else None
 
 
 def _ended_early(view: RolloutView, now: float) -> Sequence[Action]:
     if now >= view.deadline:
-        return (Fail(_why_late(view)),)
+        return (_undo(view, _why_late(view)),)
     return ()
+
+
+def _undo(view: RolloutView, reason: Reason) -> Action:
+    """A release that has had traffic is rolled back, one that has not has failed."""
+    return RollBack(reason) if view.step or view.reached else Fail(reason)
 
 
 def _why_late(view: RolloutView) -> Reason:
@@ -195,43 +254,74 @@ def _verifying(view: RolloutView) -> Sequence[Action]:
             return ()
 
 
-def _rolling_out(view: RolloutView) -> Sequence[Action]:
+def _rolling_out(view: RolloutView, now: float) -> Sequence[Action]:
     match view.artifact:
         case ArtifactState.READY:
-            return _STRATEGIES[view.strategy](view)
+            return _STRATEGIES[view.strategy](view, now)
         case ArtifactState.FAILED:
-            return (Fail(view.artifact_reason or INTERRUPTED),)
+            return (_undo(view, view.artifact_reason or INTERRUPTED),)
         case ArtifactState.ABSENT:
             return ()  # taken up again after a restart: the folder is being looked at
 
 
-def _rolling(view: RolloutView) -> Sequence[Action]:
+def _rolling(view: RolloutView, now: float) -> Sequence[Action]:
+    return _until_ready(view) or (() if _gated(view) else (Promote(),))
+
+
+def _shifting(view: RolloutView, now: float) -> Sequence[Action]:
+    if view.refused is not None:
+        return (RollBack(view.refused),)
+    if (waiting := _until_ready(view)) or _gated(view):
+        return waiting
+    if not view.old or not view.desired:
+        return (Promote(),)  # nobody to take traffic from, or no traffic to take
+    if not view.step:
+        return (Shift(max(1, view.reached)),)
+    if not view.passed and now < view.step_ends:
+        return ()
+    return (Shift(view.step + 1),) if view.step < view.steps else (Promote(),)
+
+
+def _gated(view: RolloutView) -> bool:
+    return any(instance.observed is not Observed.READY for instance in view.new)
+
+
+def _until_ready(view: RolloutView) -> Sequence[Action]:
+    """What brings the new instances up; empty when all are there, or are to be waited for (see `_gated`)."""
     for instance in view.new:
         if instance.observed is Observed.EXITED:
-            return (Fail(instance.reason or INTERRUPTED),)
-    if len(view.new) < view.desired:
-        return (Start(view.desired - len(view.new)),)
-    if all(instance.observed is Observed.READY for instance in view.new):
-        return (Promote(),)
-    return ()
+            return (_undo(view, instance.reason or INTERRUPTED),)
+    if _gated(view):
+        return ()
+    missing = view.desired - len(view.new)
+    return (Start(min(missing, batch(view.desired))),) if missing > 0 else ()
 
 
-def _recreate(view: RolloutView) -> Sequence[Action]:
+def batch(desired: int) -> int:
+    """How many instances start at once: a quarter, so that a bad release shows before all of it has been started."""
+    return -(-desired // BATCHES)
+
+
+def _recreate(view: RolloutView, now: float) -> Sequence[Action]:
     if not view.new:
         if view.old and not view.old_held:
             return (HoldOld(),)
         if _live(view.old):
             return _retire(view.old)
-    return _rolling(view)
+    return _rolling(view, now)
 
 
-_STRATEGIES: dict[Strategy, Callable[[RolloutView], Sequence[Action]]] = {
+_STRATEGIES: dict[Strategy, Callable[[RolloutView, float], Sequence[Action]]] = {
     Strategy.ROLLING: _rolling,
     Strategy.RECREATE: _recreate,
+    Strategy.CANARY: _shifting,
+    Strategy.BLUEGREEN: _shifting,
 }
 
 
 def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
+    if not view.desired:
+        return _retire(view.old)
     routed = any(instance.routed for instance in view.new)
     ready = tuple(instance.id for instance in view.new if instance.observed is Observed.READY)
     if not routed and ready:
@@ -242,14 +332,24 @@ def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
 
 
 def _abandoned(view: RolloutView) -> Sequence[Action]:
-    actions: list[Action] = []
-    doomed = tuple(i.id for i in view.new if i.observed not in (Observed.STOPPING, Observed.EXITED))
-    if doomed:
-        actions.append(Stop(doomed))
+    actions: list[Action] = list(_take_down(view.new))
     if view.old_held and _live(view.old):
         actions.extend(_retire(view.old))  # half taken down already: it comes back as a whole
     elif view.old_held and not _live(view.new):
         actions.append(RestoreOld())
+    return actions
+
+
+def _take_down(instances: Sequence[InstanceView]) -> Sequence[Action]:
+    """End instances that are not wanted any more; those that get requests are drained first."""
+    busy = (Observed.DRAINING, Observed.STOPPING, Observed.EXITED)
+    drain = tuple(i.id for i in instances if i.routed and i.observed is Observed.READY)
+    stop = tuple(i.id for i in instances if i.id not in drain and i.observed not in busy)
+    actions: list[Action] = []
+    if drain:
+        actions.append(Drain(drain))
+    if stop:
+        actions.append(Stop(stop))
     return actions
 
 

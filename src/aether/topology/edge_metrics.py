@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from aether.edge.options import EdgeCounters, RequestRecord
+from aether.edge.table import CountedApp
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds in seconds of the request duration histogram."""
@@ -31,6 +32,8 @@ class EdgeMetrics(Collector):
             self._buckets[bisect_left(BUCKETS, duration)] += 1
             self._seconds += duration
             self._answers[request.status // 100 - 1] += 1
+            if isinstance(request.app, CountedApp):
+                request.app.answered(request.status, request.upstream_secs)
 
     def collect(self) -> Iterator[Metric]:
         counters = self.counters

@@ -32,7 +32,7 @@ from aether.apps.services import AppServices
 from aether.edge.options import EdgeOptions
 from aether.edge.server import Edge
 from aether.edge.table import RouteTable
-from aether.identity.tokens import TokenService
+from aether.identity.service import Identity
 from aether.model.errors import LocalIOError, ServiceUnavailable
 from aether.model.instance import Limits
 from aether.model.names import new_id
@@ -138,8 +138,8 @@ async def _running(
             stack.push_async_callback(source.close)
         except (OSError, ValueError) as error:
             raise LocalIOError(f"the data directory {data} cannot be used: {error}") from error
-        tokens = TokenService(database, settings.api_tokens, required=settings.auth_required)
-        await tokens.ensure_bootstrap(token_file)
+        identity = Identity(database, settings.api_tokens, required=settings.auth_required)
+        await identity.tokens.ensure_bootstrap(token_file)
 
         runtime = ProcessRuntime(data, RuntimeOptions(sandbox=settings.sandbox, log_bytes=settings.app_log_bytes))
         stack.push_async_callback(runtime.close)
@@ -162,7 +162,7 @@ async def _running(
 
         services = Services(
             settings=settings,
-            tokens=tokens,
+            identity=identity,
             registry=registry,
             apps=AppServices(
                 catalogue=catalogue,

@@ -9,9 +9,10 @@ from litestar import Response, get, head, post
 from litestar.params import FromPath, JSONBody, QueryParameter
 from litestar.response import Redirect
 
-from aether.api.auth import DEPLOYER, READER
+from aether.api import auditing
 from aether.api.paging import DEFAULT_LIMIT, Cursor, Limit, Page, decode_cursor, page
 from aether.api.services import Caller, Deps, Services
+from aether.identity.ownership import visible
 from aether.model.errors import ServiceUnavailable
 from aether.model.times import to_iso
 from aether.registry.records import Artifact
@@ -76,9 +77,11 @@ class ArtifactView(msgspec.Struct):
     storage_key: str
 
 
-@post("/artifacts/presign", opt=DEPLOYER, status_code=200, tags=["artifacts"])
+@post("/artifacts/presign", status_code=200, tags=["artifacts"])
 async def presign(data: JSONBody[Presign], services: Deps, caller: Caller) -> PresignView:
     """Get a URL to PUT an artifact to, or learn that the app already has it."""
+    auditing.about(data.app)
+    await services.identity.ownership.check_app(caller, data.app)
     made = await _registry(services).presign(
         data.app,
         data.digest,
@@ -96,9 +99,11 @@ async def presign(data: JSONBody[Presign], services: Deps, caller: Caller) -> Pr
     )
 
 
-@post("/artifacts/complete", opt=DEPLOYER, status_code=200, tags=["artifacts"])
-async def complete(data: JSONBody[Complete], services: Deps) -> CompleteView:
+@post("/artifacts/complete", status_code=200, tags=["artifacts"])
+async def complete(data: JSONBody[Complete], services: Deps, caller: Caller) -> CompleteView:
     """Verify every byte of an upload and store it."""
+    auditing.about(data.app)
+    await services.identity.ownership.check_app(caller, data.app)
     done = await _registry(services).complete(
         data.app,
         data.digest,
@@ -121,33 +126,36 @@ async def complete(data: JSONBody[Complete], services: Deps) -> CompleteView:
     )
 
 
-@get("/artifacts", opt=READER, tags=["artifacts"])
+@get("/artifacts", tags=["artifacts"])
 async def list_artifacts(
-    services: Deps, app: AppName = None, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+    services: Deps, caller: Caller, app: AppName = None, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> Page[ArtifactView]:
-    """Stored artifacts, newest first."""
+    """Stored artifacts of the caller's apps, newest first."""
     after = decode_cursor(cursor, int, str)
-    rows = await _registry(services).list(app, limit + 1, None if after is None else (after[0], after[1]))
+    if app is not None:
+        await services.identity.ownership.check_app(caller, app)
+    before = None if after is None else (after[0], after[1])
+    rows = await _registry(services).list(app, limit + 1, before, visible(caller))
     return page(rows, limit, _view, lambda row: (row.created_at, row.id))
 
 
-@head("/artifacts/{digest:str}", opt=READER, tags=["artifacts"])
-async def exists(digest: FromPath[str], services: Deps, app: AppName = None) -> Response[None]:
+@head("/artifacts/{digest:str}", tags=["artifacts"])
+async def exists(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> Response[None]:
     """200 when the artifact is stored; its size in X-Aether-Size-Bytes."""
-    found = await _registry(services).find(digest, app)
+    found = await _registry(services).find(digest, app, visible(caller))
     return Response(None, headers={"X-Aether-Size-Bytes": str(found.size_bytes), "ETag": f'"{found.digest}"'})
 
 
-@get("/artifacts/{digest:str}/meta", opt=READER, tags=["artifacts"])
-async def meta(digest: FromPath[str], services: Deps, app: AppName = None) -> ArtifactView:
+@get("/artifacts/{digest:str}/meta", tags=["artifacts"])
+async def meta(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> ArtifactView:
     """What is known of an artifact."""
-    return _view(await _registry(services).find(digest, app))
+    return _view(await _registry(services).find(digest, app, visible(caller)))
 
 
-@get("/artifacts/{digest:str}/download", opt=READER, status_code=307, tags=["artifacts"])
-async def download(digest: FromPath[str], services: Deps, app: AppName = None) -> Redirect:
+@get("/artifacts/{digest:str}/download", status_code=307, tags=["artifacts"])
+async def download(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> Redirect:
     """Redirect to a fresh signed URL; this path itself never expires."""
-    signed = await _registry(services).download(digest, app)
+    signed = await _registry(services).download(digest, app, visible(caller))
     return Redirect(signed.url, status_code=307, headers={"Cache-Control": "no-store"})
 
 

@@ -11,7 +11,7 @@ from litestar import Response, get, patch, post
 from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
 from litestar.response import Stream
 
-from aether.api.auth import DEPLOYER, READER
+from aether.api import auditing
 from aether.api.paging import DEFAULT_LIMIT, Cursor, Limit, Page, decode_cursor, page
 from aether.api.services import Caller, Deps
 from aether.api.streams import until_shutdown
@@ -20,12 +20,15 @@ from aether.apps.deployments import DEFAULT_COMMAND, Author, DeployRequest
 from aether.apps.ledger import Event
 from aether.apps.records import DeploymentRow, Health
 from aether.apps.services import AppServices
+from aether.identity.ownership import visible
 from aether.model.deployment import DeploymentStatus
 from aether.model.errors import BadRequest
 from aether.model.times import to_iso
 from aether.observability import tracing
+from aether.rollout.gates import Shift
 
 KEEP_ALIVE_SECS = 15.0
+_USUAL = Shift()
 _KEEP_ALIVE = b": keep-alive\n\n"
 AppFilter = Annotated[str | None, QueryParameter(name="app", description="Only this app's.")]
 StatusFilter = Annotated[DeploymentStatus | None, QueryParameter(name="status", description="Only in this state.")]
@@ -41,8 +44,27 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True):
     port: int | None = None
 
 
+class RolloutRules(msgspec.Struct, forbid_unknown_fields=True):
+    """How canary and bluegreen move traffic. `steps` are percentages rising to 100; a step ends after `min_requests`
+    good answers or `step_secs`; bluegreen can switch back for `bake_secs`. The error rate is a fraction, the latency
+    a multiple of the old release's mean."""
+
+    steps: tuple[int, ...] = _USUAL.steps
+    step_secs: float = _USUAL.step_secs
+    bake_secs: float = _USUAL.bake_secs
+    min_requests: int = _USUAL.min_requests
+    max_error_rate: float = _USUAL.max_error_rate
+    max_latency_ratio: float = _USUAL.max_latency_ratio
+
+    def shift(self) -> Shift:
+        return Shift(
+            self.steps, self.step_secs, self.bake_secs, self.min_requests, self.max_error_rate, self.max_latency_ratio
+        )
+
+
 class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
-    """`timeout_secs` bounds the whole rollout; `strategy` is rolling or recreate."""
+    """`strategy` is rolling, recreate, canary or bluegreen; `timeout_secs` bounds the time until the new release is
+    healthy."""
 
     app: str
     digest: str
@@ -52,6 +74,7 @@ class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
     health: HealthCheck | None = None
     strategy: str = "rolling"
     timeout_secs: float = 120.0
+    rollout: RolloutRules | None = None
     description: Annotated[str, msgspec.Meta(max_length=300)] | None = None
 
 
@@ -69,12 +92,14 @@ class DeploymentEvent(msgspec.Struct):
     timestamp: str
 
 
-@post("/deployments", opt=DEPLOYER, tags=["deployments"])
+@post("/deployments", tags=["deployments"])
 async def create_deployment(
     data: JSONBody[NewDeployment], services: Deps, caller: Caller, idempotency_key: IdempotencyKey = None
 ) -> Response[Deployment]:
     """Deploy an uploaded artifact. 200 instead of 201 for a repeat of the newest deployment or of the key."""
     apps = apps_of(services)
+    auditing.about(data.app)
+    await services.identity.ownership.check_app(caller, data.app)
     path = data.health.path if data.health and data.health.path != "/" else None
     request = DeployRequest(
         app=data.app,
@@ -85,6 +110,7 @@ async def create_deployment(
         health=Health(path, data.health.port if data.health else None),
         strategy=data.strategy,
         timeout_secs=data.timeout_secs,
+        rollout=data.rollout.shift() if data.rollout else Shift(),
         description=data.description or "",
     )
     author = Author(caller.name, tracing.trace_id.get())
@@ -92,29 +118,32 @@ async def create_deployment(
     return Response(deployment_view(row, apps), status_code=201 if new else 200)
 
 
-@get("/deployments", opt=READER, tags=["deployments"])
+@get("/deployments", tags=["deployments"])
 async def list_deployments(
     services: Deps,
+    caller: Caller,
     app: AppFilter = None,
     status: StatusFilter = None,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Page[Deployment]:
-    """Deployments, newest first."""
+    """Deployments of the caller's apps, newest first."""
     apps = apps_of(services)
     before = decode_cursor(cursor, int, str)
-    rows = await apps.deployments.list(app=app, status=status, before=before, limit=limit)
+    if app is not None:
+        await services.identity.ownership.check_app(caller, app)
+    rows = await apps.deployments.list(app=app, status=status, before=before, limit=limit, only=visible(caller))
     return page(rows, limit, lambda row: deployment_view(row, apps), lambda row: (row.created_at, row.id))
 
 
-@get("/deployments/{deployment_id:str}", opt=READER, tags=["deployments"])
+@get("/deployments/{deployment_id:str}", tags=["deployments"])
 async def show_deployment(deployment_id: FromPath[str], services: Deps) -> Deployment:
     """One deployment."""
     apps = apps_of(services)
     return deployment_view(await apps.deployments.get(deployment_id), apps)
 
 
-@patch("/deployments/{deployment_id:str}", opt=DEPLOYER, tags=["deployments"])
+@patch("/deployments/{deployment_id:str}", tags=["deployments"])
 async def change_deployment(
     deployment_id: FromPath[str], data: JSONBody[DeploymentChange], services: Deps, caller: Caller
 ) -> Deployment:
@@ -126,7 +155,7 @@ async def change_deployment(
     return deployment_view(row, apps)
 
 
-@get("/deployments/{deployment_id:str}/events", opt=READER, tags=["deployments"], media_type="text/event-stream")
+@get("/deployments/{deployment_id:str}/events", tags=["deployments"], media_type="text/event-stream")
 async def deployment_events(deployment_id: FromPath[str], services: Deps, last_event_id: LastEventId = 0) -> Stream:
     """Server-sent events: `phase` for each change, `end` with the settled deployment. Resumes by Last-Event-ID."""
     apps = apps_of(services)

@@ -14,7 +14,6 @@ from litestar.exceptions import WebSocketDisconnect
 from litestar.params import FromPath, QueryParameter
 from litestar.response import Stream
 
-from aether.api.auth import READER
 from aether.api.services import Deps, Services
 from aether.api.streams import until_shutdown
 from aether.api.views import apps_of
@@ -45,7 +44,7 @@ class LogLineView(msgspec.Struct):
     instance: str
 
 
-@get("/apps/{app:str}/logs", opt=READER, tags=["logs"], media_type="application/x-ndjson")
+@get("/apps/{app:str}/logs", tags=["logs"], media_type="application/x-ndjson")
 async def app_logs(
     app: FromPath[str], services: Deps, tail: Tail = DEFAULT_TAIL, since: Since = None, follow: Follow = False
 ) -> Stream:
@@ -61,7 +60,7 @@ async def app_logs(
     return Stream(body(), media_type="application/x-ndjson", headers=headers)
 
 
-@websocket("/apps/{app:str}/logs", opt=READER)
+@websocket("/apps/{app:str}/logs")
 async def app_logs_websocket(
     socket: WebSocket[Any, Any, Any],
     app: FromPath[str],

@@ -7,7 +7,6 @@ import asyncio
 import msgspec
 from litestar import Response, get
 
-from aether.api.auth import PUBLIC, READER
 from aether.api.services import Check, Deps
 from aether.model.errors import AetherError, ServiceUnavailable
 from aether.observability.metrics import CONTENT_TYPE
@@ -22,13 +21,13 @@ class Health(msgspec.Struct, omit_defaults=True):
     checks: dict[str, str] | None = None
 
 
-@get(["/healthz", "/health"], opt=PUBLIC, tags=["probes"])
+@get(["/healthz", "/health"], tags=["probes"])
 async def healthz() -> Health:
     """The process answers."""
     return Health("ok")
 
 
-@get("/readyz", opt=PUBLIC, tags=["probes"])
+@get("/readyz", tags=["probes"])
 async def readyz(services: Deps) -> Health:
     """Every dependency answers, and the server is not stopping."""
     if services.shutdown.is_set():
@@ -40,7 +39,7 @@ async def readyz(services: Deps) -> Health:
     return Health("ok", outcomes)
 
 
-@get("/startupz", opt=PUBLIC, tags=["probes"])
+@get("/startupz", tags=["probes"])
 async def startupz(services: Deps) -> Health:
     """Recovery after the start is done."""
     if not services.started.is_set():
@@ -48,7 +47,7 @@ async def startupz(services: Deps) -> Health:
     return Health("ok")
 
 
-@get("/metrics", opt=READER, tags=["probes"])
+@get("/metrics", tags=["probes"])
 async def metrics(services: Deps) -> Response[bytes]:
     """Prometheus text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aether.stores.database.engine import Database
 
-HEAD = "0001"
+HEAD = "0003"
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x0AE7_4E12
 

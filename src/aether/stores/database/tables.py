@@ -32,6 +32,78 @@ def _one_of(column: str, values: list[str]) -> sa.CheckConstraint:
     return sa.CheckConstraint(f"{column} IN ({listed})", name=column)
 
 
+owners = sa.Table(
+    "owners",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(8), nullable=False),
+    _one_of("kind", ["user", "team"]),
+)
+"""Names of users and teams: one space, so that an app's owner is one of them without doubt."""
+
+users = sa.Table(
+    "users",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(64), sa.ForeignKey("owners.name"), nullable=False, unique=True),
+    sa.Column("email", sa.String(254), nullable=True, unique=True),
+    sa.Column("auth_provider", sa.String(32), nullable=False),
+    sa.Column("password_hash", sa.String(200), nullable=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    _time("created_at"),
+    _time("disabled_at", nullable=True),
+    _one_of("role", ["admin", "deployer", "reader"]),
+)
+
+teams = sa.Table(
+    "teams",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(64), sa.ForeignKey("owners.name"), nullable=False, unique=True),
+    _time("created_at"),
+)
+
+memberships = sa.Table(
+    "memberships",
+    metadata,
+    sa.Column("team_id", sa.String(36), sa.ForeignKey("teams.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("user_id", sa.String(36), sa.ForeignKey("users.id", ondelete="CASCADE"), primary_key=True),
+    _time("created_at"),
+    sa.Index(None, "user_id"),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    _id(),
+    sa.Column("user_id", sa.String(36), sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("apps", sa.Text, nullable=True),
+    sa.Column("credential_hash", sa.String(64), nullable=True),
+    _time("created_at"),
+    _time("expires_at"),
+    _time("revoked_at", nullable=True),
+    sa.Column("revoked_why", sa.String(16), nullable=True),
+    _one_of("role", ["admin", "deployer", "reader"]),
+    sa.Index(None, "user_id"),
+    sa.Index(None, "credential_hash"),
+    sa.Index(None, "expires_at"),
+)
+"""Logins: a family of access and refresh tokens that ends as one."""
+
+refresh_tokens = sa.Table(
+    "refresh_tokens",
+    metadata,
+    sa.Column("token_hash", sa.String(64), primary_key=True),
+    sa.Column("session_id", sa.String(36), sa.ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("successor_hash", sa.String(64), nullable=True),
+    _time("created_at"),
+    _time("expires_at"),
+    sa.Index(None, "session_id"),
+)
+"""`successor_hash` is set when the token is used; a second use is a replay."""
+
 tokens = sa.Table(
     "tokens",
     metadata,
@@ -40,11 +112,37 @@ tokens = sa.Table(
     sa.Column("name", sa.String(200), nullable=False),
     sa.Column("role", sa.String(16), nullable=False),
     sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("user_id", sa.String(36), sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=True),
+    sa.Column("session_id", sa.String(36), sa.ForeignKey("sessions.id", ondelete="CASCADE"), nullable=True),
+    sa.Column("apps", sa.Text, nullable=True),
+    sa.Column("created_by", sa.String(200), nullable=True),
     _time("created_at"),
     _time("expires_at", nullable=True),
     _time("revoked_at", nullable=True),
     _one_of("role", ["admin", "deployer", "reader"]),
-    _one_of("kind", ["bootstrap", "session"]),
+    _one_of("kind", ["bootstrap", "session", "access", "ci"]),
+    sa.Index(None, "user_id"),
+    sa.Index(None, "session_id"),
+    sa.Index(None, "kind", "expires_at"),
+)
+"""`session` is the kind of logins made before there were refresh tokens; they end by their own time."""
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    _id(),
+    _time("time"),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("actor_kind", sa.String(16), nullable=False),
+    sa.Column("action", sa.String(200), nullable=False),
+    sa.Column("target", sa.String(400), nullable=False),
+    sa.Column("outcome", sa.String(64), nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("request_id", sa.String(128), nullable=False),
+    sa.Column("trace_id", sa.String(32), nullable=False),
+    sa.Index(None, "time", "id"),
+    sa.Index(None, "actor", "time"),
 )
 
 applications = sa.Table(
@@ -57,6 +155,15 @@ applications = sa.Table(
     sa.Column("active_deployment_id", sa.String(36), nullable=True),
     sa.Column("last_release", sa.Integer, nullable=False, server_default="0"),
     _time("deleting_at", nullable=True),
+)
+
+formations = sa.Table(
+    "formations",
+    metadata,
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("process", sa.String(40), primary_key=True),
+    sa.Column("quantity", sa.Integer, nullable=False),
+    sa.CheckConstraint("quantity BETWEEN 0 AND 50", name="quantity"),
 )
 
 uploads = sa.Table(
@@ -126,6 +233,8 @@ deployments = sa.Table(
     sa.Column("env", sa.Text, nullable=False, server_default="{}"),
     sa.Column("health", sa.Text, nullable=False, server_default="{}"),
     sa.Column("timeout_secs", sa.Float, nullable=False),
+    sa.Column("rollout", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("rollout_step", sa.Integer, nullable=False, server_default="0"),
     sa.Column("description", sa.String(300), nullable=False, server_default=sa.text("''")),
     sa.Column("rollback_of", sa.String(36), nullable=True),
     sa.Column("idempotency_key", sa.String(200), nullable=True),
