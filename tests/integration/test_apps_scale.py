@@ -149,7 +149,11 @@ def test_a_crashed_replica_leaves_the_others_serving(up: Server) -> None:
     with Hammer(up, "brave") as hammer:
         hammer.wait(20)
         for _ in range(2):
+            before = set(up.instances())
             kill_one(up, "brave")
+            # the next POST could otherwise meet the same one, dying
+            wait_for(lambda before=before: not before <= set(up.instances()))
+            settle(up, "brave", 3)
         hammer.wait(100)
     assert not [status for status, _ in hammer.answers if status == 503], "nobody was left to serve"
     settle(up, "brave", 3)
