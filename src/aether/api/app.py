@@ -26,20 +26,20 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
 from aether import __version__
-from aether.api import auth, authorization, errors
+from aether.api import auth, authorization, bodies, errors
+from aether.api.cors import Cors
 from aether.api.routers.objects import ObjectsApp
 from aether.api.services import Services
 from aether.api.shell import App, Shell
-
-MAX_BODY_BYTES = 4 * 1024 * 1024
-"""Largest JSON body; artifacts do not travel through routes."""
 
 
 def create_api(services: Services) -> App:
     """The ASGI application. Raises RuntimeError when a route has no row in the authorization table."""
     routed = create_routes(services)
     authorization.check_complete(routed)
-    return Shell(cast(App, routed), ObjectsApp(services), services, authorization.PUBLIC_PATHS)
+    shell: App = Shell(cast(App, routed), ObjectsApp(services), services, authorization.PUBLIC_PATHS)
+    origins = services.settings.cors_allowed_origins
+    return Cors(shell, origins) if origins else shell
 
 
 def create_routes(services: Services) -> Litestar:
@@ -69,15 +69,38 @@ def create_routes(services: Services) -> Litestar:
             render_plugins=[],
         ),
         logging_config=None,
-        request_max_body_size=MAX_BODY_BYTES,
+        request_max_body_size=bodies.MAX_BYTES,
         debug=False,
     )
 
 
 def _handlers() -> list[Any]:
     from aether.api import swagger
-    from aether.api.routers import apps, artifacts, audit, deployments, logs, probes, users
+    from aether.api.routers import (
+        apps,
+        artifacts,
+        audit,
+        backup,
+        deployments,
+        devices,
+        documents,
+        hosts,
+        legacy,
+        logs,
+        multipart,
+        probes,
+        provenance,
+        public_keys,
+        retention,
+        runs,
+        uploads,
+        users,
+    )
     from aether.api.routers import auth as auth_router
 
-    modules = (probes, auth_router, users, audit, apps, deployments, logs, artifacts, swagger)
+    modules = (
+        probes, auth_router, devices, users, audit, backup, apps, hosts, deployments, runs, logs, artifacts,
+        uploads, multipart, legacy, documents, provenance, public_keys, retention,
+        swagger,
+    )  # fmt: skip
     return [handler for module in modules for handler in module.HANDLERS]

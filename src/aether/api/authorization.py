@@ -61,31 +61,54 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/auth/refresh"): _PUBLIC,
     ("POST", "/auth/logout"): Rule(_READER, Owns.SELF),
     ("GET", "/auth/whoami"): Rule(_READER, Owns.SELF),
+    ("POST", "/auth/device"): _PUBLIC,
+    ("POST", "/auth/device/token"): _PUBLIC,
+    ("GET", "/auth/device/{user_code}"): Rule(_READER),
+    ("POST", "/auth/device/{user_code}"): Rule(_READER, Owns.SELF),
     # users, teams, tokens, audit
     ("POST", "/users"): Rule(_ADMIN),
     ("GET", "/users"): Rule(_ADMIN),
     ("PATCH", "/users/{name}"): Rule(_READER, Owns.SELF),
     ("POST", "/teams"): Rule(_ADMIN),
     ("GET", "/teams"): Rule(_READER, Owns.VISIBLE),
+    ("DELETE", "/teams/{team}"): Rule(_ADMIN),
     ("PUT", "/teams/{team}/members/{user}"): Rule(_ADMIN),
     ("DELETE", "/teams/{team}/members/{user}"): Rule(_ADMIN),
     ("POST", "/tokens"): Rule(_READER, Owns.SELF),
     ("GET", "/tokens"): Rule(_READER, Owns.SELF),
     ("DELETE", "/tokens/{token_id}"): Rule(_READER, Owns.SELF),
     ("GET", "/audit"): Rule(_ADMIN),
+    ("POST", "/gc"): Rule(_ADMIN),
+    ("POST", "/backup"): Rule(_ADMIN),
     # apps
     ("POST", "/apps"): Rule(_DEPLOYER, Owns.NAMED),
     ("GET", "/apps"): Rule(_READER, Owns.VISIBLE),
     ("GET", "/apps/{app}"): Rule(_READER, Owns.APP),
+    ("PATCH", "/apps/{app}"): Rule(_DEPLOYER, Owns.APP),
     ("DELETE", "/apps/{app}"): Rule(_DEPLOYER, Owns.APP),
     ("GET", "/apps/{app}/deployments"): Rule(_READER, Owns.APP),
     ("GET", "/apps/{app}/releases"): Rule(_READER, Owns.APP),
     ("POST", "/apps/{app}/rollback"): Rule(_DEPLOYER, Owns.APP),
     ("POST", "/apps/{app}/scale"): Rule(_DEPLOYER, Owns.APP),
     ("GET", "/apps/{app}/config"): Rule(_READER, Owns.APP),
+    ("GET", "/apps/{app}/config/changes"): Rule(_READER, Owns.APP),
     ("PUT", "/apps/{app}/config"): Rule(_DEPLOYER, Owns.APP),
     ("GET", "/apps/{app}/logs"): Rule(_READER, Owns.APP),
     (WEBSOCKET, "/apps/{app}/logs"): Rule(_READER, Owns.APP),
+    # custom hosts
+    ("GET", "/apps/{app}/hosts"): Rule(_READER, Owns.APP),
+    ("POST", "/apps/{app}/hosts"): Rule(_DEPLOYER, Owns.APP),
+    ("POST", "/apps/{app}/hosts/{host}/verify"): Rule(_DEPLOYER, Owns.APP),
+    ("DELETE", "/apps/{app}/hosts/{host}"): Rule(_DEPLOYER, Owns.APP),
+    ("PUT", "/apps/{app}/hosts/{host}/certificate"): Rule(_DEPLOYER, Owns.APP),
+    ("DELETE", "/apps/{app}/hosts/{host}/certificate"): Rule(_DEPLOYER, Owns.APP),
+    ("POST", "/apps/{app}/runs"): Rule(_DEPLOYER, Owns.APP),
+    ("GET", "/apps/{app}/runs"): Rule(_READER, Owns.APP),
+    ("GET", "/apps/{app}/runs/{run_id}"): Rule(_READER, Owns.APP),
+    ("POST", "/apps/{app}/runs/{run_id}/stop"): Rule(_DEPLOYER, Owns.APP),
+    (WEBSOCKET, "/apps/{app}/runs/{run_id}/attach"): Rule(_DEPLOYER, Owns.APP),
+    ("GET", "/apps/{app}/volumes"): Rule(_READER, Owns.APP),
+    ("DELETE", "/apps/{app}/volumes/{volume}"): Rule(_DEPLOYER, Owns.APP),
     # deployments
     ("POST", "/deployments"): Rule(_DEPLOYER, Owns.NAMED),
     ("GET", "/deployments"): Rule(_READER, Owns.VISIBLE),
@@ -95,10 +118,32 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     # artifacts
     ("POST", "/artifacts/presign"): Rule(_DEPLOYER, Owns.NAMED),
     ("POST", "/artifacts/complete"): Rule(_DEPLOYER, Owns.NAMED),
+    ("POST", "/artifacts/multipart/init"): Rule(_DEPLOYER, Owns.NAMED),
+    ("POST", "/artifacts/multipart/presign-part"): Rule(_DEPLOYER, Owns.NAMED),
+    ("POST", "/artifacts/multipart/complete"): Rule(_DEPLOYER, Owns.NAMED),
+    ("POST", "/artifacts"): Rule(_DEPLOYER, Owns.NAMED),
     ("GET", "/artifacts"): Rule(_READER, Owns.VISIBLE),
     ("HEAD", "/artifacts/{digest}"): Rule(_READER, Owns.VISIBLE),
     ("GET", "/artifacts/{digest}/meta"): Rule(_READER, Owns.VISIBLE),
     ("GET", "/artifacts/{digest}/download"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/artifacts/{digest}/events"): Rule(_READER, Owns.VISIBLE),
+    ("PUT", "/artifacts/{digest}/pin"): Rule(_DEPLOYER, Owns.VISIBLE),
+    ("DELETE", "/artifacts/{digest}/pin"): Rule(_DEPLOYER, Owns.VISIBLE),
+    ("POST", "/artifacts/{digest}/manifest"): Rule(_DEPLOYER, Owns.VISIBLE),
+    ("GET", "/artifacts/{digest}/manifest"): Rule(_READER, Owns.VISIBLE),
+    ("POST", "/artifacts/{digest}/sbom"): Rule(_DEPLOYER, Owns.VISIBLE),
+    ("GET", "/artifacts/{digest}/sbom"): Rule(_READER, Owns.VISIBLE),
+    ("POST", "/artifacts/{digest}/provenance"): Rule(_DEPLOYER, Owns.VISIBLE),
+    ("GET", "/artifacts/{digest}/provenance"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/provenance"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/provenance/keys"): Rule(_READER),
+    ("POST", "/provenance/keys"): Rule(_ADMIN),
+    ("DELETE", "/provenance/keys/{key_id}"): Rule(_ADMIN),
+    ("GET", "/provenance/{digest}"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/provenance/{digest}/attestation"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/apps/{app}/public-keys"): Rule(_READER, Owns.APP),
+    ("POST", "/apps/{app}/public-keys"): Rule(_DEPLOYER, Owns.APP),
+    ("DELETE", "/apps/{app}/public-keys/{key_id}"): Rule(_DEPLOYER, Owns.APP),
 }
 
 
@@ -133,6 +178,11 @@ def routes_of(app: Litestar) -> Iterable[tuple[str, str]]:
             for method in sorted(getattr(handler, "http_methods", None) or {WEBSOCKET}):
                 if method != "OPTIONS":
                     yield method, _template(route.path_format)
+
+
+def methods_of(template: str) -> list[str]:
+    """The methods that a path takes, in order; OPTIONS, which every path takes, is left out."""
+    return sorted(method for method, path in ROUTES if path == template and method != WEBSOCKET)
 
 
 def _template(path: str) -> str:

@@ -86,8 +86,10 @@ def on_http_exception(_request: Request[Any, Any, Any], error: HTTPException) ->
         message = "the server failed to answer; its log names the trace id"
     made = AetherError(message, details)
     made.code, made.status = _CODES.get(status, "internal" if status >= 500 else "bad_request"), status
-    allow = error.headers.get("Allow") if error.headers else None
-    return _answer(made, {"Allow": allow} if allow else None)
+    allow = {name.lower(): value for name, value in (error.headers or {}).items()}.get("allow")
+    # the framework counts a WebSocket among the methods
+    methods = [word for word in (allow or "").split(", ") if word.isupper()]
+    return _answer(made, {"Allow": ", ".join(sorted(methods))} if methods else None)
 
 
 def on_exception(_request: Request[Any, Any, Any], error: Exception) -> Response[Envelope]:

@@ -41,9 +41,14 @@ def decode_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
         keys: Any = msgspec.json.decode(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (binascii.Error, ValueError, msgspec.DecodeError):
         keys = None
-    if not isinstance(keys, list) or [type(key) for key in keys] != list(kinds):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if not isinstance(keys, list) or [type(key) for key in keys] != list(kinds) or not all(map(_fits, keys)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         raise BadRequest("the cursor is not one that this list gave out")
     return tuple(keys)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+def _fits(key: object) -> bool:
+    """Whether a database can compare it with what it keeps."""
+    return isinstance(key, str) or (isinstance(key, int) and -(1 << 63) <= key < 1 << 63)
 
 
 def page(

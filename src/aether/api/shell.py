@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aether.api import auditing
+from aether.api import auditing, bodies
 from aether.api.auditing import Note
 from aether.api.auth import address_of, refuse_cross_site, token_of
+from aether.api.authorization import methods_of
 from aether.api.errors import envelope, headers_for
 from aether.api.services import Services
 from aether.identity.roles import Principal
+from aether.model.database import alongside
 from aether.model.errors import AetherError, Internal, ServiceUnavailable
 from aether.observability import tracing
 from aether.observability.logging import logger
@@ -32,6 +36,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OBJECTS = "/objects/"
 _CONTROL_WAIT_SECS = 10.0
+_STREAMED = ("POST", "/artifacts")
+"""Its body is an artifact: it is passed on as it comes, and has turns and clocks of its own."""
+_DEPRECATED = [(b"deprecation", b"@1767225600"), (b"link", b'</artifacts/presign>; rel="successor-version"')]
+"""RFC 9745 and RFC 5829: since the first of January 2026."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHODS = _SAFE | {"POST", "PUT", "PATCH", "DELETE"}
 _log = logger(__name__)
@@ -53,19 +61,21 @@ class Shell:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         tracing.request_id.set(tracing.request_id_from(_text(headers.get(b"x-request-id"))))
-        tracing.trace_id.set(tracing.trace_id_from(_text(headers.get(b"traceparent"))))
+        tracing.accept(_text(headers.get(b"traceparent")))
         note = auditing.begin(address_of(scope, headers))
         answer = _Answer(send, lambda status: self._audit(scope, note, status))
+        alongside.set(lambda tx: self._audit_begins(tx, scope, note))
         began = time.perf_counter()
-        try:
-            await self._serve(scope, headers, note, receive, answer)
-        except AetherError as error:
-            await answer.fail(scope, error)
-        except Exception as error:  # noqa: BLE001 - the boundary: whatever went wrong is told without its trace
-            _log.error("unhandled error", exc_info=error)
-            await answer.fail(scope, Internal("the server failed to answer; its log names the trace id"))
-        finally:
-            self._record(scope, answer.status, time.perf_counter() - began)
+        with tracing.span("request", kind=tracing.SERVER) as span:
+            try:
+                await self._serve(scope, headers, note, receive, answer)
+            except AetherError as error:
+                await answer.fail(scope, error)
+            except Exception as error:  # noqa: BLE001 - the boundary: whatever went wrong is told without its trace
+                _log.error("unhandled error", exc_info=error)
+                await answer.fail(scope, Internal("the server failed to answer; its log names the trace id"))
+            finally:
+                self._record(scope, answer.status, time.perf_counter() - began, span)
 
     async def _serve(
         self, scope: Scope, headers: dict[bytes, bytes], note: Note, receive: Receive, answer: _Answer
@@ -78,10 +88,16 @@ class Shell:
         if path not in self._public:
             caller = scope.setdefault("state", {})["principal"] = await self._caller(headers)
             note.actor, note.actor_kind = caller.name, caller.kind
-        if self._control is None or scope["type"] == "websocket" or scope["method"] in _SAFE:
-            await self._routed(scope, receive, answer.send)
+        if scope["type"] == "websocket" or scope["method"] in _SAFE:
+            options = scope["type"] == "http" and scope["method"] == "OPTIONS"
+            await self._routed(scope, receive, _allowing(scope, answer.send) if options else answer.send)
             return
-        async with _turn(self._control):
+        if (scope["method"], path) == _STREAMED:
+            await self._routed(scope, receive, _deprecated(answer.send))
+            return
+        limit = bodies.MAX_PUBLIC_BYTES if path in self._public else bodies.limit_of(path)
+        receive = await bodies.take(receive, limit, self._services.settings.api_body_timeout_secs)
+        async with _turn(self._control) if self._control is not None else nullcontext():
             await self._routed(scope, receive, answer.send)
 
     async def _caller(self, headers: dict[bytes, bytes]) -> Principal:
@@ -91,11 +107,21 @@ class Shell:
             refuse_cross_site(headers)
         return caller
 
+    async def _audit_begins(self, tx: AsyncConnection, scope: Scope, note: Note) -> None:
+        """Write the row of a change together with the first thing that the change writes."""
+        if note.begun or note.ended or not note.actor or not _is_change(scope):
+            return
+        note.begun = True
+        target = note.target or _named(scope)
+        entry = replace(note.entry(_action(scope), 0), target=target)
+        await self._services.identity.audit.begin(tx, entry)
+
     async def _audit(self, scope: Scope, note: Note, status: int) -> None:
         """Write what a change came to before its answer leaves."""
-        template = scope.get("path_template")
-        if scope["type"] != "http" or scope["method"] in _SAFE or template is None:
+        note.ended = True
+        if not _is_change(scope):
             return
+        template: str = scope["path_template"]
         if template.startswith(OBJECTS):
             if status >= 400:
                 return
@@ -103,17 +129,24 @@ class Shell:
             note.target = scope["path"][len(OBJECTS) :]
         if not note.actor:
             return
-        if not note.target:
-            note.target = " ".join(str(value) for value in scope.get("path_params", {}).values())
-        await self._services.identity.audit.record(note.entry(f"{scope['method']} {template}", status))
+        note.target = note.target or _named(scope)
+        await self._services.identity.audit.record(note.entry(_action(scope), status), begun=note.begun)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, span: tracing.Span | None) -> None:
         method = str(scope.get("method", "WEBSOCKET"))
         method = method if method in _METHODS or method == "WEBSOCKET" else "OTHER"
         route = scope.get("path_template") or "unmatched"
         metrics = self._services.metrics
         metrics.http_requests.labels(method, route, str(status)).inc()
         metrics.http_seconds.labels(method, route).observe(seconds)
+        if span is not None:
+            span.name = f"{method} {route}"
+            span.attributes |= {
+                "http.request.method": method, "http.route": route, "http.response.status_code": status,
+                "aether.request_id": tracing.request_id.get() or "",
+            }  # fmt: skip
+            if status >= 500:
+                span.failure = f"answered {status}"
         _log.debug("answered", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))
 
 
@@ -167,6 +200,31 @@ class _Answer:
         await self.send({"type": f"{kind}.body", "body": body, "more_body": False})
 
 
+def _deprecated(send: Send) -> Send:
+    """Say of every answer, refusals too, that the route is deprecated."""
+
+    async def tell(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *_DEPRECATED]}
+        await send(message)
+
+    return tell
+
+
+def _allowing(scope: Scope, send: Send) -> Send:
+    """Tell all the methods of a path: the framework knows those of one handler."""
+
+    async def tell(message: Message) -> None:
+        template = scope.get("path_template")
+        if message["type"] == "http.response.start" and template is not None:
+            others = [(name, value) for name, value in message["headers"] if name.lower() != b"allow"]
+            methods = ", ".join(sorted([*methods_of(template), "OPTIONS"]))
+            message = {**message, "headers": [*others, (b"allow", methods.encode())]}
+        await send(message)
+
+    return tell
+
+
 @asynccontextmanager
 async def _turn(semaphore: asyncio.Semaphore) -> AsyncGenerator[None]:
     try:
@@ -178,6 +236,18 @@ async def _turn(semaphore: asyncio.Semaphore) -> AsyncGenerator[None]:
         yield
     finally:
         semaphore.release()
+
+
+def _is_change(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] not in _SAFE and scope.get("path_template") is not None
+
+
+def _action(scope: Scope) -> str:
+    return f"{scope['method']} {scope['path_template']}"
+
+
+def _named(scope: Scope) -> str:
+    return " ".join(str(value) for value in scope.get("path_params", {}).values())
 
 
 def _id_headers() -> list[tuple[bytes, bytes]]:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 async def until_shutdown(
-    items: AsyncGenerator[T], shutdown: asyncio.Event, *, silence_secs: float | None = None
+    items: AsyncGenerator[T],
+    shutdown: asyncio.Event,
+    *,
+    barred: Coroutine[Any, Any, None],
+    silence_secs: float | None = None,
 ) -> AsyncGenerator[T | None]:
-    """`items` until they end or `shutdown` is set; with `silence_secs` yields None after so long without an item.
+    """`items` until they end, `shutdown` is set, or `barred` returns because the caller may no longer see them; with
+    `silence_secs` yields None after so long without an item.
 
     The generator is closed in any case, also when the client has left.
     """
-    stopping = asyncio.create_task(shutdown.wait())
+    endings: list[asyncio.Future[Any]] = [asyncio.ensure_future(shutdown.wait()), asyncio.ensure_future(barred)]
     following: asyncio.Task[T] | None = None
     try:
         while True:
             if following is None:
                 following = asyncio.ensure_future(anext(items))  # pyright: ignore[reportAssignmentType, reportArgumentType]
             done, _ = await asyncio.wait(
-                (following, stopping), timeout=silence_secs, return_when=asyncio.FIRST_COMPLETED
+                {following, *endings}, timeout=silence_secs, return_when=asyncio.FIRST_COMPLETED
             )
             if following in done:
                 try:
@@ -34,16 +39,16 @@ async def until_shutdown(
                 finally:
                     following = None
                 yield item
-            elif stopping in done:
+            elif done:
                 return
             else:
                 yield None
     finally:
-        stopping.cancel()
+        for ending in endings:
+            ending.cancel()
         if following is not None:
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
                 await following
-        with contextlib.suppress(asyncio.CancelledError):
-            await stopping
+        await asyncio.gather(*endings, return_exceptions=True)
         await items.aclose()

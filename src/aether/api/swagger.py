@@ -10,12 +10,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from litestar import Request, Response, get
 from litestar.params import FromPath
 
-from aether.api.authorization import PUBLIC_PATHS
-from aether.api.errors import Envelope
+from aether.api.description import describe
 from aether.model.errors import NotFound, ServiceUnavailable
 
 _TYPES = {
@@ -67,19 +65,7 @@ async def openapi(request: Request[Any, Any, Any]) -> bytes:
 
 @functools.lru_cache(maxsize=2)
 def _schema(app: Any) -> bytes:
-    spec: dict[str, Any] = app.openapi_schema.to_schema()
-    schemas = spec.setdefault("components", {}).setdefault("schemas", {})
-    schemas["Error"] = msgspec.json.schema_components([Envelope])[1]["Envelope"]
-    failure = {
-        "description": "Any failure.",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    for path, operations in spec["paths"].items():
-        for operation in operations.values():
-            operation["responses"]["default"] = failure
-            if path in PUBLIC_PATHS:
-                operation["security"] = []
-    return msgspec.json.encode(spec)
+    return describe(app)
 
 
 @get("/swagger", include_in_schema=False, media_type="text/html")

@@ -14,6 +14,13 @@ class Grant(Protocol):
     def size_bytes(self) -> int: ...
     @property
     def filename(self) -> str: ...
+    @property
+    def multipart_id(self) -> str:
+        """Of the upload that it is a part of, or empty."""
+        ...
+
+    @property
+    def part(self) -> int: ...
 
 
 class Upload(Protocol):
@@ -23,8 +30,9 @@ class Upload(Protocol):
         """Append; the caller may reuse the memory afterwards. Raises ServiceUnavailable when the disk is full."""
         ...
 
-    async def finish(self) -> None:
-        """Publish, replacing an earlier upload under the same key. Raises BadRequest unless the size is exact."""
+    async def finish(self) -> str:
+        """Publish, replacing an earlier upload under the same key or part number; returns the ETag. Raises BadRequest
+        unless the size is exact."""
         ...
 
     async def abort(self) -> None:

@@ -6,9 +6,12 @@ import msgspec
 
 from aether.api.services import Services
 from aether.apps.catalogue import AppView as AppState
+from aether.apps.formation import ProcessState
 from aether.apps.records import DeploymentRow
 from aether.apps.services import AppServices
+from aether.model.deployment import DeploymentStatus
 from aether.model.errors import ServiceUnavailable
+from aether.model.processes import ProcessTypes
 from aether.model.times import to_iso, to_iso_or_none
 
 
@@ -24,8 +27,35 @@ class InstanceCount(msgspec.Struct):
     ready: int
 
 
+class CronRunView(msgspec.Struct):
+    """A moment of a schedule: `status` is running, succeeded, failed, timed_out or skipped; `message` says why."""
+
+    scheduled_at: str
+    status: str
+    message: str
+    exit_code: int | None
+    started_at: str | None
+    ended_at: str | None
+
+
+class ProcessView(msgspec.Struct):
+    """A process type of the active release; `kind` is web, worker or cron. A cron process is wanted once, or not
+    while it is paused, and ready while it runs."""
+
+    name: str
+    kind: str
+    command: str
+    desired: int
+    ready: int
+    schedule: str | None
+    timezone: str | None
+    next_run: str | None
+    last_run: CronRunView | None
+
+
 class App(msgspec.Struct):
-    """`status` is running, starting, degraded, stopped, failed or empty; `release` is the active one."""
+    """`status` is running, starting, degraded, stopped, failed or empty; `release` is the active one, `instances` are
+    those of web."""
 
     id: str
     name: str
@@ -35,6 +65,7 @@ class App(msgspec.Struct):
     status: str
     release: ReleaseRef | None
     instances: InstanceCount
+    processes: list[ProcessView]
 
 
 class DeploymentErrorView(msgspec.Struct):
@@ -43,6 +74,31 @@ class DeploymentErrorView(msgspec.Struct):
     code: str
     message: str
     log_tail: list[str]
+
+
+class ProcessTypeView(msgspec.Struct, omit_defaults=True):
+    """`kind` is worker or cron; what belongs to the other kind is left out."""
+
+    kind: str
+    command: str
+    schedule: str | None = None
+    timezone: str | None = None
+    timeout_secs: float | None = None
+    missed: str | None = None
+    settle_secs: float | None = None
+
+
+class ReleaseCommandView(msgspec.Struct):
+    command: str
+    timeout_secs: float
+
+
+class RolloutStep(msgspec.Struct):
+    """How far a canary or bluegreen rollout has come; `percent` of the requests go to the new release."""
+
+    number: int
+    of: int
+    percent: int
 
 
 class Deployment(msgspec.Struct):
@@ -54,6 +110,8 @@ class Deployment(msgspec.Struct):
     content_digest: str | None
     runtime: str | None
     command: str
+    processes: dict[str, ProcessTypeView]
+    release_command: ReleaseCommandView | None
     status: str
     strategy: str
     longest_secs: float
@@ -68,6 +126,7 @@ class Deployment(msgspec.Struct):
     url: str
     trace_id: str | None
     error: DeploymentErrorView | None
+    step: RolloutStep | None
 
 
 class Release(msgspec.Struct):
@@ -106,6 +165,7 @@ def app_view(state: AppState, apps: AppServices) -> App:
         if release is None
         else ReleaseRef(release.version, release.digest, release.deployment_id, to_iso(release.created_at)),
         instances=InstanceCount(state.desired, state.ready),
+        processes=[process_view(process) for process in state.processes],
     )
 
 
@@ -118,6 +178,10 @@ def deployment_view(row: DeploymentRow, apps: AppServices) -> Deployment:
         content_digest=row.content_digest,
         runtime=row.runtime,
         command=row.command,
+        processes=process_views(row.processes),
+        release_command=None
+        if row.processes.release is None
+        else ReleaseCommandView(row.processes.release.command, row.processes.release.timeout_secs),
         status=row.status.value,
         strategy=row.strategy,
         longest_secs=row.longest_secs,
@@ -132,7 +196,52 @@ def deployment_view(row: DeploymentRow, apps: AppServices) -> Deployment:
         url=apps.url_of(row.app),
         trace_id=row.trace_id,
         error=None if error is None else DeploymentErrorView(error.code, error.message, list(error.log_tail)),
+        step=_step(row),
     )
+
+
+def _step(row: DeploymentRow) -> RolloutStep | None:
+    """None while the old release gets every request, and once the rollout is over."""
+    shift = row.shift
+    if shift is None or not row.rollout_step or row.status is not DeploymentStatus.ROLLING_OUT:
+        return None
+    return RolloutStep(row.rollout_step, len(shift.steps), shift.steps[row.rollout_step - 1])
+
+
+def process_view(state: ProcessState) -> ProcessView:
+    run = state.last_run
+    return ProcessView(
+        name=state.name,
+        kind=state.kind,
+        command=state.command,
+        desired=state.desired,
+        ready=state.ready,
+        schedule=state.schedule,
+        timezone=state.timezone,
+        next_run=to_iso_or_none(state.next_run),
+        last_run=None
+        if run is None
+        else CronRunView(
+            to_iso(run.scheduled_at),
+            run.status.value,
+            run.message,
+            run.exit_code,
+            to_iso_or_none(run.started_at),
+            to_iso_or_none(run.ended_at),
+        ),
+    )
+
+
+def process_views(types: ProcessTypes) -> dict[str, ProcessTypeView]:
+    workers = {
+        name: ProcessTypeView("worker", one.command, settle_secs=one.settle_secs)
+        for name, one in types.workers.items()
+    }
+    crons = {
+        name: ProcessTypeView("cron", one.command, one.schedule, one.timezone, one.timeout_secs, one.missed)
+        for name, one in types.crons.items()
+    }
+    return workers | crons
 
 
 def release_view(row: DeploymentRow) -> Release:

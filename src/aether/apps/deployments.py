@@ -6,42 +6,44 @@ under way in the same transaction, so there is never a lock to get stuck.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aether.apps.artifact_rows import find_artifact, need_artifact
 from aether.apps.broadcast import Broadcast
-from aether.apps.configs import Config, changed, check_env
+from aether.apps.configs import Change, Config, VariableChange, changed, check_env, differences
 from aether.apps.engine import Engine
-from aether.apps.ledger import Event, Ledger, add_config, add_event, cancel_in, lease_end, refuse_settled
+from aether.apps.ledger import Event, Ledger, add_config, add_event, cancel_in, refuse_settled
+from aether.apps.ports import ReleasePolicy
 from aether.apps.records import (
-    UNDER_WAY_VALUES,
     AppRow,
     DeploymentRow,
     Health,
-    config_env,
     deployment_of,
     find_app,
     find_deployment,
     newest_config_version,
     select_deployments,
+    under_way,
 )
+from aether.apps.vault import Variables
+from aether.model import volumes
 from aether.model.database import DatabasePort
 from aether.model.deployment import SETTLED, UNDER_WAY, DeploymentStatus
 from aether.model.errors import BadRequest, IdempotencyConflict, NotFound
+from aether.model.instance import Volume
 from aether.model.names import check_digest, new_id
+from aether.model.processes import ProcessTypes, check_command, check_process_types
 from aether.model.times import now_us
 from aether.rollout.gates import Shift, check_shift
 from aether.rollout.machine import Strategy
-from aether.stores.database.tables import artifacts, deployments
+from aether.stores.database.tables import deployments
 
 MAX_TIMEOUT_SECS = 3600.0
-MAX_COMMAND_CHARS = 4000
 DEFAULT_COMMAND = "npm start"
 MIN_DIGEST_PREFIX = 6
 
@@ -56,6 +58,8 @@ class DeployRequest:
     command: str = DEFAULT_COMMAND
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     health: Health = field(default_factory=Health)
+    processes: ProcessTypes = field(default_factory=ProcessTypes)
+    volumes: tuple[Volume, ...] = ()
     strategy: str = Strategy.ROLLING.value
     timeout_secs: float = 120.0
     rollout: Shift = field(default_factory=Shift)
@@ -80,11 +84,13 @@ class RollbackTarget:
 
 
 class Deployments:
-    def __init__(self, database: DatabasePort, broadcast: Broadcast, engine: Engine) -> None:
+    def __init__(self, database: DatabasePort, broadcast: Broadcast, engine: Engine, policy: ReleasePolicy) -> None:
+        self._policy = policy
         self._database = database
         self._broadcast = broadcast
         self._engine = engine
         self._ledger: Ledger = engine.ledger
+        self._vault = engine.ledger.vault
 
     async def create(
         self, request: DeployRequest, author: Author, idempotency_key: str | None = None
@@ -92,21 +98,22 @@ class Deployments:
         """Record a deployment and begin it; returns (deployment, whether it is new).
 
         A repeat of the newest deployment, while that is active or under way, or of an idempotency key returns
-        what is there. Raises NotFound, BadRequest, IdempotencyConflict.
+        what is there. Raises NotFound, BadRequest, IdempotencyConflict, and SignatureRequired, SbomRequired or
+        ProvenanceRequired, as every way to a new deployment does.
         """
         check_request(request)
         try:
             async with self._database.write() as tx:
-                app = await find_app(tx, request.app)
+                app = await find_app(tx, request.app, lock=True)
                 if idempotency_key and (known := await self._by_key(tx, app.id, idempotency_key)) is not None:
-                    if not _same(known, request):
+                    if not _same(known, self._vault.open_env(known), request):
                         raise IdempotencyConflict("this idempotency key was used for another deployment")
                     return known, False
                 config = await newest_config_version(tx, app.id)
                 newest = await self._newest(tx, app.id)
-                if newest is not None and _repeats(newest, request, config):
+                if newest is not None and self._repeats(newest, request, config):
                     return newest, False
-                artifact = await _find_artifact(tx, app, request.digest)
+                artifact = await find_artifact(tx, app, request.digest)
                 row = await self._insert(
                     tx, app, artifact.id, request, config, author,
                     runtime=request.runtime or artifact.runtime, idempotency_key=idempotency_key,
@@ -117,21 +124,31 @@ class Deployments:
         self._begin(row, cancelled)
         return row, True
 
-    async def rollback(self, app_name: str, target: RollbackTarget, author: Author) -> DeploymentRow:
-        """Deploy exactly what a past release was: its digest, its variables, its command.
+    async def rollback(
+        self, app_name: str, target: RollbackTarget, author: Author, idempotency_key: str | None = None
+    ) -> DeploymentRow:
+        """Deploy exactly what a past release was: its digest, its variables, its commands.
 
-        Raises NotFound when no such release was ever active, BadRequest when it is ambiguous or active already.
+        A repeat of an idempotency key returns the deployment that is there: "the release before the active one" must
+        not be another one the second time. Raises NotFound when no such release was ever active, ArtifactGone when
+        its artifact was taken away, BadRequest when it is ambiguous or active already, IdempotencyConflict.
         """
         async with self._database.write() as tx:
-            app = await find_app(tx, app_name)
+            app = await find_app(tx, app_name, lock=True)
+            if idempotency_key and (known := await self._by_key(tx, app.id, idempotency_key)) is not None:
+                if known.rollback_of is None:
+                    raise IdempotencyConflict("this idempotency key was used for another deployment")
+                return known
             past = await self._release(tx, app, target)
             request = DeployRequest(
                 app=app.name,
                 digest=past.digest,
                 runtime=past.runtime,
                 command=past.command,
-                env=past.env,
+                env=self._vault.open_env(past),
                 health=past.health,
+                processes=past.processes,
+                volumes=past.volumes,
                 # the release is known, and who goes back is in a hurry: no trial
                 strategy=past.strategy if past.strategy == Strategy.RECREATE else Strategy.ROLLING.value,
                 timeout_secs=past.timeout_secs,
@@ -140,7 +157,7 @@ class Deployments:
             )
             row = await self._insert(
                 tx, app, past.artifact_id, request, past.config_version, author,
-                runtime=past.runtime, rollback_of=past.id,
+                runtime=past.runtime, rollback_of=past.id, idempotency_key=idempotency_key,
             )  # fmt: skip
             cancelled = await self._supersede(tx, app, row)
         self._begin(row, cancelled)
@@ -150,36 +167,35 @@ class Deployments:
         async with self._database.read() as tx:
             app = await find_app(tx, app_name)
             version = await newest_config_version(tx, app.id)
-            return Config(version, await config_env(tx, app.id, version))
+            return Config(version, await self._vault.config(tx, app.id, version))
 
     async def configure(
         self,
         app_name: str,
-        put: Mapping[str, str],
-        unset: Collection[str],
+        change: Change,
         author: Author,
-        *,
-        replace_all: bool = False,
-    ) -> tuple[Config, str | None]:
-        """Change variables; returns the config and the deployment that brings it to the running app, if any.
+    ) -> tuple[Config, Collection[str], str | None]:
+        """Change variables; returns the config, the names that changed, and the deployment that brings the change
+        to the running app, if any.
 
         Variables that came with the active deployment itself give way to what is set or unset here.
         """
         row: DeploymentRow | None = None
         cancelled: list[str] = []
         async with self._database.write() as tx:
-            app = await find_app(tx, app_name)
+            app = await find_app(tx, app_name, lock=True)
             version = await newest_config_version(tx, app.id)
-            before = await config_env(tx, app.id, version)
-            env = changed(before, put, unset, replace=replace_all)
+            before = await self._vault.config(tx, app.id, version)
+            after = changed(before, change)
             base = await self._base_for_config(tx, app)
-            given = {} if base is None else dict(base.env)
-            kept = {} if replace_all else {k: v for k, v in given.items() if k not in put and k not in unset}
-            if env == before and kept == given:
-                return Config(version, env), None
-            if env != before:
+            given = {} if base is None else self._vault.open_env(base)
+            kept = {} if change.replace else {k: v for k, v in given.items() if k not in change.names}
+            names = {found.name for found in differences(before, after)} | (given.keys() - kept.keys())
+            if not names:
+                return Config(version, after), names, None
+            if after != before:
                 version += 1
-                await add_config(tx, app.id, version, env, author.name)
+                await add_config(tx, self._vault, app.id, version, after, author.name)
             if base is not None:
                 request = DeployRequest(
                     app=app.name,
@@ -188,10 +204,12 @@ class Deployments:
                     command=base.command,
                     env=kept,
                     health=base.health,
+                    processes=base.processes,
+                    volumes=base.volumes,
                     strategy=base.strategy,
                     timeout_secs=base.timeout_secs,
                     rollout=base.rollout,
-                    description="config: " + ", ".join(sorted({*put, *unset}))[:280],
+                    description="config: " + ", ".join(sorted(names))[:280],
                 )
                 row = await self._insert(
                     tx, app, base.artifact_id, request, version, author, runtime=base.runtime
@@ -199,12 +217,26 @@ class Deployments:
                 cancelled = await self._supersede(tx, app, row)
         if row is not None:
             self._begin(row, cancelled)
-        return Config(version, env), None if row is None else row.id
+        return Config(version, after), names, None if row is None else row.id
+
+    async def changed_variables(self, app_name: str, a: str, b: str) -> Sequence[VariableChange]:
+        """What differs between the variables of two deployments of an app, without their values.
+        Raises NotFound."""
+        async with self._database.read() as tx:
+            app = await find_app(tx, app_name)
+            found: list[Variables] = []
+            for deployment_id in (a, b):
+                row = await find_deployment(tx, deployment_id)
+                if row.app_id != app.id:
+                    raise NotFound(f"app '{app_name}' has no deployment '{deployment_id}'")
+                found.append(await self._vault.variables_of(tx, row))
+            now = await self._vault.config(tx, app.id, await newest_config_version(tx, app.id))
+        return differences(*(variables.keeping(now.secrets) for variables in found))
 
     async def cancel(self, deployment_id: str, author: Author) -> DeploymentRow:
         """Cancel a deployment under way; the old release goes on. Raises Conflict when it is settled."""
         async with self._database.write() as tx:
-            row = await find_deployment(tx, deployment_id)
+            row = await find_deployment(tx, deployment_id, lock=True)
             refuse_settled(row)
             await cancel_in(tx, [row], f"cancelled by {author.name}")
         self._broadcast.notify(row.id, row.app_id)
@@ -270,6 +302,12 @@ class Deployments:
         row = (await tx.execute(query)).one_or_none()
         return None if row is None else deployment_of(row)
 
+    def _repeats(self, newest: DeploymentRow, request: DeployRequest, config_version: int) -> bool:
+        wanted = newest.status in UNDER_WAY or newest.status is DeploymentStatus.ACTIVE
+        if not wanted or newest.config_version != config_version:
+            return False
+        return _same(newest, self._vault.open_env(newest), request)
+
     async def _by_key(self, tx: AsyncConnection, app_id: str, key: str) -> DeploymentRow | None:
         query = select_deployments().where(deployments.c.app_id == app_id, deployments.c.idempotency_key == key)
         row = (await tx.execute(query)).one_or_none()
@@ -325,7 +363,11 @@ class Deployments:
         rollback_of: str | None = None,
         idempotency_key: str | None = None,
     ) -> DeploymentRow:
+        await self._policy.check(tx, artifact_id)
+        await need_artifact(tx, artifact_id, request.digest)
+        await self._vault.name_key(tx)
         deployment_id = new_id()
+        created_at = await _next_moment(tx, app.id)
         await tx.execute(
             sa.insert(deployments).values(
                 id=deployment_id,
@@ -337,8 +379,10 @@ class Deployments:
                 strategy=request.strategy,
                 runtime=runtime,
                 command=request.command,
-                env=_env_text(request.env),
+                env=self._vault.seal_env(app.id, deployment_id, request.env),
                 health=request.health.to_json(),
+                processes=request.processes.to_json(),
+                volumes=volumes.to_json(request.volumes),
                 timeout_secs=request.timeout_secs,
                 rollout=request.rollout.to_json(),
                 description=request.description,
@@ -346,23 +390,16 @@ class Deployments:
                 idempotency_key=idempotency_key,
                 created_by=author.name,
                 trace_id=author.trace_id,
-                created_at=now_us(),
+                created_at=created_at,
                 epoch=1,
                 lease_owner=self._ledger.owner,
             )
         )
         await add_event(tx, deployment_id, DeploymentStatus.PENDING, f"deployment created by {author.name}")
-        row = await find_deployment(tx, deployment_id)
-        lease = lease_end(row.longest_secs)
-        await tx.execute(sa.update(deployments).where(deployments.c.id == row.id).values(lease_expires_at=lease))
-        return row
+        return await find_deployment(tx, deployment_id)
 
     async def _supersede(self, tx: AsyncConnection, app: AppRow, newer: DeploymentRow) -> list[str]:
-        query = select_deployments().where(
-            deployments.c.app_id == app.id,
-            deployments.c.status.in_(UNDER_WAY_VALUES),
-            deployments.c.id != newer.id,
-        )
+        query = under_way(app.id).where(deployments.c.id != newer.id)
         older = [deployment_of(row) for row in (await tx.execute(query)).all()]
         await cancel_in(tx, older, f"deployment {newer.id} took its place")
         return [row.id for row in older]
@@ -373,6 +410,13 @@ class Deployments:
         self._engine.submit(row)
 
 
+async def _next_moment(tx: AsyncConnection, app_id: str) -> int:
+    """Now, but after the app's newest deployment, whatever the wall clock was set to since: what came later must be
+    the newer one."""
+    found = await tx.execute(sa.select(sa.func.max(deployments.c.created_at)).where(deployments.c.app_id == app_id))
+    return max(now_us(), (found.scalar_one_or_none() or 0) + 1)
+
+
 def check_request(request: DeployRequest) -> None:
     """Raise BadRequest naming the field that is wrong."""
     check_digest(request.digest)
@@ -381,8 +425,9 @@ def check_request(request: DeployRequest) -> None:
         offered = " or ".join(strategy.value for strategy in Strategy)
         raise BadRequest(f"strategy must be {offered}, not '{request.strategy}'", {"field": "strategy"})
     check_shift(request.rollout)
-    if not request.command.strip() or len(request.command) > MAX_COMMAND_CHARS or "\0" in request.command:
-        raise BadRequest(f"command must be 1 to {MAX_COMMAND_CHARS} characters", {"field": "command"})
+    check_command(request.command, "command")
+    check_process_types(request.processes)
+    volumes.check_volumes(request.volumes)
     if not 1 <= request.timeout_secs <= MAX_TIMEOUT_SECS:
         raise BadRequest(f"timeout_secs must be 1 to {MAX_TIMEOUT_SECS:.0f}", {"field": "timeout_secs"})
     path, port = request.health.path, request.health.port
@@ -394,35 +439,17 @@ def check_request(request: DeployRequest) -> None:
         raise BadRequest("health.port must be 1024 to 65535", {"field": "health.port"})
 
 
-def _same(row: DeploymentRow, request: DeployRequest) -> bool:
-    return (row.digest, row.runtime, row.command, dict(row.env), row.health, row.strategy) == (
+def _same(row: DeploymentRow, env: Mapping[str, str], request: DeployRequest) -> bool:
+    shift = request.rollout.for_strategy(Strategy(request.strategy))
+    known = row.digest, row.runtime, row.command, env, row.health, row.processes, row.volumes, row.strategy, row.shift
+    return known == (
         request.digest,
         request.runtime or row.runtime,
         request.command,
         dict(request.env),
         request.health,
+        request.processes,
+        request.volumes,
         request.strategy,
+        shift,
     )
-
-
-def _repeats(newest: DeploymentRow, request: DeployRequest, config_version: int) -> bool:
-    wanted = newest.status in UNDER_WAY or newest.status is DeploymentStatus.ACTIVE
-    return wanted and _same(newest, request) and newest.config_version == config_version
-
-
-async def _find_artifact(tx: AsyncConnection, app: AppRow, digest: str) -> sa.Row[*tuple[Any, ...]]:
-    found = await tx.execute(
-        sa.select(artifacts.c.id, artifacts.c.runtime).where(
-            artifacts.c.app_id == app.id,
-            artifacts.c.digest == digest,
-            artifacts.c.status == "stored",
-        )
-    )
-    row = found.one_or_none()
-    if row is None:
-        raise NotFound(f"app '{app.name}' has no artifact {digest[:12]}; upload it first")
-    return row
-
-
-def _env_text(env: Mapping[str, str]) -> str:
-    return json.dumps(dict(env), sort_keys=True, separators=(",", ":"))

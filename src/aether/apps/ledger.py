@@ -1,14 +1,13 @@
 """The record of deployments and instances: every change of a status and the event that tells of it, in one
 transaction, and the wake-up of whoever waits for it.
 
-Each write of a rollout carries the epoch under which its owner works; a writer that lost its lease, or whose
-deployment was cancelled meanwhile, is refused with LostRollout and has written nothing. What should happen next is
-decided elsewhere.
+Each write about an app confirms the app's lease: a server that was overtaken is refused with LeaseLost and has
+written nothing. A rollout whose deployment was cancelled meanwhile is refused with LostRollout. What should happen
+next is decided elsewhere.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,34 +17,49 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.apps.broadcast import Broadcast
 from aether.apps.records import (
+    CommandRun,
     DeploymentError,
     DeploymentRow,
-    config_env,
     find_deployment,
     newest_config_version,
 )
+from aether.apps.vault import Variables, Vault
+from aether.leases import Lease
 from aether.model.database import DatabasePort
 from aether.model.deployment import SETTLED, DeploymentStatus, check_move
 from aether.model.errors import Conflict
 from aether.model.names import new_id
+from aether.model.processes import RELEASE
 from aether.model.times import now_us
 from aether.stores.database.tables import applications, configs, deployment_events, deployments, instances
 
-LEASE_SLACK_US = 60_000_000
 LIVE_INSTANCES = ("starting", "ready", "draining")
+DATABASE_PAUSE_SECS = 0.5
+"""Before what the database could not be asked or told is tried again."""
 
 
 class LostRollout(Exception):
-    """The deployment is no longer in the state, or under the epoch, that the writer believed in."""
+    """The deployment is no longer in the state that the writer believed in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to write about one deployment."""
+    """The right to write about one deployment: the app's lease, and which of the deployment's owners this one is."""
 
     deployment_id: str
     app_id: str
     epoch: int
+    lease: Lease
+
+
+def app_lease(app_id: str) -> str:
+    """The name of the lease under which one server runs an app and its rollouts."""
+    return f"app/{app_id}"
+
+
+def app_files(name: str) -> str:
+    """What is held while it is decided whose the files of an app of that name are."""
+    return f"files/{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,8 @@ async def add_event(tx: AsyncConnection, deployment_id: str, phase: str, message
 
 
 async def cancel_in(tx: AsyncConnection, rows: Sequence[DeploymentRow], why: str) -> None:
-    """Cancel deployments that are under way, within the caller's transaction. Raises Conflict for one that is not."""
+    """Cancel deployments that are under way, within the caller's transaction, which has locked them. Raises Conflict
+    for one that is not."""
     for row in rows:
         check_move(row.status, DeploymentStatus.CANCELLED)
         await tx.execute(
@@ -78,24 +93,27 @@ async def cancel_in(tx: AsyncConnection, rows: Sequence[DeploymentRow], why: str
 
 
 class Ledger:
-    def __init__(self, database: DatabasePort, broadcast: Broadcast, owner: str) -> None:
+    def __init__(self, database: DatabasePort, broadcast: Broadcast, vault: Vault, owner: str) -> None:
         self._database = database
         self._broadcast = broadcast
+        self.vault = vault
         self.owner = owner
         """Names this server process in leases."""
 
-    async def claim(self, deployment_id: str) -> tuple[Claim, DeploymentRow]:
-        """Take a deployment that is under way over from whoever owned it. Raises LostRollout if it is settled."""
+    async def claim(self, deployment_id: str, lease: Lease) -> tuple[Claim, DeploymentRow]:
+        """Take a deployment that is under way over from whoever owned it. Raises LostRollout if it is settled,
+        LeaseLost."""
         async with self._database.write() as tx:
-            row = await find_deployment(tx, deployment_id)
+            await lease.confirm(tx)
+            row = await find_deployment(tx, deployment_id, lock=True)
             if row.status in SETTLED:
                 raise LostRollout(f"deployment {deployment_id} is {row.status}")
             await tx.execute(
                 sa.update(deployments)
                 .where(deployments.c.id == deployment_id)
-                .values(epoch=row.epoch + 1, lease_owner=self.owner, lease_expires_at=lease_end(row.longest_secs))
+                .values(epoch=row.epoch + 1, lease_owner=self.owner)
             )
-        return Claim(deployment_id, row.app_id, row.epoch + 1), row
+        return Claim(deployment_id, row.app_id, row.epoch + 1, lease), row
 
     async def move(
         self,
@@ -130,6 +148,27 @@ class Ledger:
             await add_event(tx, claim.deployment_id, phase, message)
         self._broadcast.notify(claim.deployment_id)
 
+    async def begin_command(self, claim: Claim, run: CommandRun, message: str) -> None:
+        """Record the instance that is about to run the release command."""
+        async with self._database.write() as tx:
+            await self._compare_and_set(
+                tx, claim, DeploymentStatus.ROLLING_OUT, {"release_command": run.to_json()}
+            )  # fmt: skip
+            if not await _is_recorded(tx, run.instance_id):  # nobody may have heard that it was written
+                await add_instance_in(tx, run.instance_id, claim.app_id, claim.deployment_id, 0, RELEASE)
+            await add_event(tx, claim.deployment_id, RELEASE, message)
+        self._broadcast.notify(claim.deployment_id, claim.app_id)
+
+    async def end_command(self, claim: Claim, run: CommandRun, message: str) -> None:
+        """Record how the release command ended."""
+        async with self._database.write() as tx:
+            await self._compare_and_set(
+                tx, claim, DeploymentStatus.ROLLING_OUT, {"release_command": run.to_json()}
+            )  # fmt: skip
+            await set_instances_in(tx, [run.instance_id], "stopped" if run.ok else "failed")
+            await add_event(tx, claim.deployment_id, RELEASE, message)
+        self._broadcast.notify(claim.deployment_id, claim.app_id)
+
     async def step(self, claim: Claim, step: int, message: str) -> None:
         """Record that traffic moves on to a step, before it does."""
         async with self._database.write() as tx:
@@ -144,7 +183,9 @@ class Ledger:
         change starts from what runs. Returns the release number.
         """
         async with self._database.write() as tx:
-            app = (await tx.execute(sa.select(applications).where(applications.c.id == claim.app_id))).one_or_none()
+            await claim.lease.confirm(tx)
+            mine = sa.select(applications).where(applications.c.id == claim.app_id)
+            app = (await tx.execute(mine.with_for_update(key_share=True))).one_or_none()
             if app is None or app.deleting_at is not None:
                 raise LostRollout("the app is being deleted")
             row = await find_deployment(tx, claim.deployment_id)
@@ -169,7 +210,7 @@ class Ledger:
                     "status": DeploymentStatus.ACTIVE.value,
                     "release": release,
                     "rollout_completed_at": now_us(),
-                    "config_version": await _current_config(tx, row),
+                    "config_version": await _current_config(tx, self.vault, row),
                 },
             )
             await tx.execute(
@@ -177,7 +218,7 @@ class Ledger:
                 .where(applications.c.id == claim.app_id)
                 .values(active_deployment_id=claim.deployment_id, last_release=release)
             )
-            await _set_instances(tx, instance_ids, "ready")
+            await set_instances_in(tx, instance_ids, "ready")
             for phase, text in notes:
                 await add_event(tx, claim.deployment_id, phase, text)
             text = f"release {release} serves all requests"
@@ -190,6 +231,7 @@ class Ledger:
     async def _compare_and_set(
         self, tx: AsyncConnection, claim: Claim, before: DeploymentStatus, values: dict[str, Any]
     ) -> None:
+        await claim.lease.confirm(tx)
         done = await tx.execute(
             sa.update(deployments)
             .where(
@@ -202,12 +244,14 @@ class Ledger:
         if done.rowcount != 1:
             raise LostRollout(f"deployment {claim.deployment_id} is no longer {before} under epoch {claim.epoch}")
 
-    async def status_of(self, deployment_id: str) -> DeploymentStatus | None:
-        """The recorded status, or None when the deployment's app was deleted."""
+    async def status_of(self, claim: Claim) -> tuple[DeploymentStatus | None, bool]:
+        """The recorded status, None when the deployment's app was deleted; and whether the claim still stands."""
         async with self._database.read() as tx:
-            found = await tx.execute(sa.select(deployments.c.status).where(deployments.c.id == deployment_id))
-            value = found.scalar_one_or_none()
-        return None if value is None else DeploymentStatus(value)
+            found = await tx.execute(
+                sa.select(deployments.c.status, deployments.c.epoch).where(deployments.c.id == claim.deployment_id)
+            )
+            row = found.one_or_none()
+        return (None, False) if row is None else (DeploymentStatus(row.status), row.epoch == claim.epoch)
 
     async def events(self, deployment_id: str, after: int) -> tuple[Sequence[Event], DeploymentRow]:
         """Events with an id above `after` and the deployment, from one snapshot."""
@@ -220,37 +264,45 @@ class Ledger:
             )
             return [Event(e.id, e.deployment_id, e.phase, e.message, e.timestamp) for e in found], row
 
-    async def add_instance(self, instance_id: str, app_id: str, deployment_id: str, restarts: int) -> None:
+    async def add_instance(
+        self, lease: Lease, instance_id: str, app_id: str, deployment_id: str, restarts: int, process: str
+    ) -> None:
+        """Record an instance that is about to start. May be repeated when nobody heard that it was written."""
         async with self._database.write() as tx:
-            await tx.execute(
-                sa.insert(instances).values(
-                    id=instance_id,
-                    app_id=app_id,
-                    deployment_id=deployment_id,
-                    status="starting",
-                    restarts=restarts,
-                    created_at=now_us(),
-                )
-            )
+            await lease.confirm(tx)
+            if not await _is_recorded(tx, instance_id):
+                await add_instance_in(tx, instance_id, app_id, deployment_id, restarts, process)
         self._broadcast.notify(app_id)
 
-    async def set_instances(self, app_id: str, instance_ids: Sequence[str], status: str) -> None:
+    async def set_instances(self, lease: Lease, app_id: str, instance_ids: Sequence[str], status: str) -> None:
         if not instance_ids:
             return
         async with self._database.write() as tx:
-            await _set_instances(tx, instance_ids, status)
+            await lease.confirm(tx)
+            await set_instances_in(tx, instance_ids, status)
         self._broadcast.notify(app_id)
 
-    async def forget_instances(self, instance_ids: Sequence[str]) -> None:
+    async def is_live(self, instance_id: str) -> bool:
+        """Whether the record says of an instance that it runs or is about to."""
+        async with self._database.read() as tx:
+            found = await tx.execute(sa.select(instances.c.status).where(instances.c.id == instance_id))
+            return found.scalar_one_or_none() in LIVE_INSTANCES
+
+    async def forget_instances(self, lease: Lease, instance_ids: Sequence[str]) -> None:
         async with self._database.write() as tx:
+            await lease.confirm(tx)
             await tx.execute(sa.delete(instances).where(instances.c.id.in_(instance_ids)))
 
-    async def ended_instances(self, app_id: str, beyond: int) -> Sequence[str]:
-        """Ids of the app's ended instances except for the newest `beyond`."""
+    async def ended_instances(self, app_id: str, process: str, beyond: int) -> Sequence[str]:
+        """Ids of the ended instances of a process type except for the newest `beyond`."""
         async with self._database.read() as tx:
             found = await tx.execute(
                 sa.select(instances.c.id)
-                .where(instances.c.app_id == app_id, instances.c.status.in_(("stopped", "failed")))
+                .where(
+                    instances.c.app_id == app_id,
+                    instances.c.process == process,
+                    instances.c.status.in_(("stopped", "failed")),
+                )
                 .order_by(instances.c.created_at.desc(), instances.c.id.desc())
                 .offset(beyond)
                 .limit(1000)
@@ -258,42 +310,68 @@ class Ledger:
             return list(found.scalars())
 
 
-def lease_end(timeout_secs: float) -> int:
-    """Rollouts end by their deadline, so a lease that lasts a little longer needs no renewal."""
-    return now_us() + int(timeout_secs * 1_000_000) + LEASE_SLACK_US
+def remaining_secs(timeout_secs: float, started_at: int | None, now: int) -> float:
+    """Until a rollout must have ended, asked once by each server that takes it up; `started_at` and `now` are in
+    microseconds since the epoch. Never more than its timeout, for the wall clock may have been set back meanwhile."""
+    if started_at is None:
+        return timeout_secs
+    return min(timeout_secs, timeout_secs - (now - started_at) / 1e6)
 
 
-def deadline_us(row: DeploymentRow) -> int:
-    """When the rollout must have ended, in microseconds since the epoch; kept over restarts of the server."""
-    return (row.rollout_started_at or now_us()) + int(row.timeout_secs * 1_000_000)
+async def _is_recorded(tx: AsyncConnection, instance_id: str) -> bool:
+    known = await tx.execute(sa.select(instances.c.id).where(instances.c.id == instance_id))
+    return known.one_or_none() is not None
 
 
-async def _set_instances(tx: AsyncConnection, instance_ids: Sequence[str], status: str) -> None:
+async def add_instance_in(
+    tx: AsyncConnection, instance_id: str, app_id: str, deployment_id: str, restarts: int, process: str
+) -> None:
+    await tx.execute(
+        sa.insert(instances).values(
+            id=instance_id,
+            app_id=app_id,
+            deployment_id=deployment_id,
+            process=process,
+            status="starting",
+            restarts=restarts,
+            created_at=now_us(),
+        )
+    )
+
+
+async def set_instances_in(tx: AsyncConnection, instance_ids: Sequence[str], status: str) -> None:
     values: dict[str, Any] = {"status": status}
     if status not in LIVE_INSTANCES:
         values["stopped_at"] = now_us()
     await tx.execute(sa.update(instances).where(instances.c.id.in_(instance_ids)).values(**values))
 
 
-async def _current_config(tx: AsyncConnection, row: DeploymentRow) -> int:
-    """The config version that a promoted deployment stands for: its own, or a copy of it put on top."""
+async def _current_config(tx: AsyncConnection, vault: Vault, row: DeploymentRow) -> int:
+    """The config version that a promoted deployment stands for: its own, or a copy of it put on top.
+
+    A name that has become a secret since stays one, or a rollback would show its value again.
+    """
     newest = await newest_config_version(tx, row.app_id)
     if row.rollback_of is None or row.config_version == newest:
         return row.config_version
-    env = await config_env(tx, row.app_id, row.config_version)
-    if env == await config_env(tx, row.app_id, newest):
+    before = await vault.config(tx, row.app_id, newest)
+    restored = (await vault.config(tx, row.app_id, row.config_version)).keeping(before.secrets)
+    if restored == before:
         return newest
-    await add_config(tx, row.app_id, newest + 1, env, row.created_by)
+    await add_config(tx, vault, row.app_id, newest + 1, restored, row.created_by)
     return newest + 1
 
 
-async def add_config(tx: AsyncConnection, app_id: str, version: int, env: dict[str, str], author: str) -> None:
+async def add_config(
+    tx: AsyncConnection, vault: Vault, app_id: str, version: int, variables: Variables, author: str
+) -> None:
+    await vault.name_key(tx)
     await tx.execute(
         sa.insert(configs).values(
             id=new_id(),
             app_id=app_id,
             version=version,
-            env=json.dumps(env, sort_keys=True, separators=(",", ":")),
+            env=vault.seal_config(app_id, version, variables),
             created_by=author,
             created_at=now_us(),
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aether.model.deployment import UNDER_WAY, DeploymentStatus
+from aether.model.processes import WEB
 
 _ADOPTABLE = ("ready", "starting")
 
@@ -20,7 +21,10 @@ class RecordedDeployment:
     strategy: str
     active: bool
     deleting: bool = False
-    desired: int = 1
+    desired: Mapping[str, int] = field(default_factory=lambda: {WEB: 1})
+    """How many instances of each of its process types."""
+    command: str | None = None
+    """The instance that runs its release command, as far as that is known not to have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class RecordedInstance:
     deployment_id: str
     status: str
     created_at: int
+    process: str = WEB
 
 
 @dataclass(slots=True)
@@ -43,6 +48,8 @@ class AppPlan:
     active_instances: list[str] = field(default_factory=list[str])
     under_way: str | None = None
     under_way_instances: list[str] = field(default_factory=list[str])
+    process_of: dict[str, str] = field(default_factory=dict[str, str])
+    """The process type of each instance to adopt."""
     hold_active: bool = False
     """The rollout under way had taken the active release down (recreate); it must not come back beside it."""
 
@@ -59,9 +66,15 @@ class Plan:
 
 
 def reconcile(
-    recorded: Sequence[RecordedDeployment], instances: Sequence[RecordedInstance], known: Collection[str]
+    recorded: Sequence[RecordedDeployment],
+    instances: Sequence[RecordedInstance],
+    known: Collection[str],
+    jobs: Collection[str] = (),
 ) -> Plan:
-    """Every known instance is adopted exactly once or removed; every live row is adopted, removed or marked gone."""
+    """Every known instance is adopted exactly once or removed; every live row is adopted, removed or marked gone.
+
+    `jobs` are instances of commands that run to their end, which whoever records them takes up: like those of the
+    release commands of rollouts under way they are left alone, there or not."""
     plan = Plan()
     present = set(known)
     wanted: dict[str, RecordedDeployment] = {}
@@ -79,9 +92,12 @@ def reconcile(
             app.under_way = deployment.id
             wanted[deployment.id] = deployment
 
+    jobs = {*jobs, *(deployment.command for deployment in wanted.values() if deployment.command is not None)}
     adopted: set[str] = set()
     for instance in sorted(instances, key=lambda i: (_ADOPTABLE.index(i.status) if i.status in _ADOPTABLE else 9,
                                                      -i.created_at, i.id)):  # fmt: skip
+        if instance.id in jobs:
+            continue
         if instance.id not in present:
             plan.gone.append(instance.id)
             continue
@@ -90,10 +106,12 @@ def reconcile(
             continue
         app = plan.apps[deployment.app_id]
         mine = app.active_instances if app.active == deployment.id else app.under_way_instances
-        if len(mine) < deployment.desired:
+        others = [other for other in mine if app.process_of[other] == instance.process]
+        if len(others) < deployment.desired.get(instance.process, 0):
             mine.append(instance.id)
+            app.process_of[instance.id] = instance.process
             adopted.add(instance.id)
-    plan.remove = sorted(present - adopted)
+    plan.remove = sorted(present - adopted - jobs)
 
     for app in plan.apps.values():
         rollout = wanted.get(app.under_way) if app.under_way else None

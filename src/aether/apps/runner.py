@@ -7,11 +7,15 @@ function of what is ready: the active release's instances, or, while none of the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from aether.apps.job import Job
+from aether.apps.launch import ReleaseLaunch
 from aether.apps.ports import Backend
-from aether.apps.replica import Drivers, Launch, Replica
+from aether.apps.replica import Drivers, Replica
 from aether.apps.tasks import Tasks
+from aether.leases import LeaseLost
+from aether.model.processes import WEB
 from aether.model.traffic import Traffic
 from aether.rollout.machine import InstanceView, Observed
 
@@ -21,36 +25,49 @@ CLOSED = "the app is stopped: it is scaled to 0 instances"
 class Group:
     """The replicas of one release."""
 
-    def __init__(self, deployment_id: str, launch: Launch, drivers: Drivers, changed: Callable[[], None]) -> None:
-        self.deployment_id = deployment_id
-        self.launch = launch
+    def __init__(self, release: ReleaseLaunch, drivers: Drivers, changed: Callable[[], None]) -> None:
+        self.release = release
         self.replicas: list[Replica] = []
         self._drivers = drivers
         self._changed = changed
 
-    def add(self, *, adopt: str | None = None, was_ready: bool = False, keep: bool = False) -> Replica:
-        replica = Replica(self._drivers, self.launch, self._changed, adopt=adopt, was_ready=was_ready)
+    def add(
+        self, process: str = WEB, *, adopt: str | None = None, was_ready: bool = False, keep: bool = False
+    ) -> Replica:
+        launch = self.release.launches[process]
+        replica = Replica(self._drivers, launch, self._changed, adopt=adopt, was_ready=was_ready)
         replica.keep = keep
         self.replicas.append(replica)
         replica.run()
         return replica
 
-    def keep_up(self, desired: int) -> Sequence[Replica]:
-        """From now on the release runs `desired` times: an instance that ends is replaced, also one that has ended.
+    def keep_up(self, sizes: Mapping[str, int]) -> Sequence[Replica]:
+        """From now on the release runs so often: an instance that ends is replaced, also one that has ended.
 
         Returns the replicas beyond that number, which are no longer of the group: those that do not serve first,
         then the eldest, as a restart in the middle would choose."""
-        by_use = sorted(self.replicas, key=lambda replica: replica.serves)
-        doomed = by_use[: max(0, len(by_use) - desired)]
+        doomed: list[Replica] = []
+        for process, desired in self.wanted(sizes).items():
+            by_use = sorted(self.of(process), key=lambda replica: replica.serves)
+            doomed += by_use[: max(0, len(by_use) - desired)]
         self.replicas = [replica for replica in self.replicas if replica not in doomed]
         for replica in self.replicas:
             replica.keep = True
             replica.run()
-        while len(self.replicas) < desired:
-            self.add(keep=True)
+        for process, desired in self.wanted(sizes).items():
+            for _ in range(desired - len(self.of(process))):
+                self.add(process, keep=True)
         return doomed
 
-    def release(self) -> None:
+    def wanted(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How many instances of each of its process types the release is to have; one where `sizes` says nothing."""
+        return {process: sizes.get(process, 1) for process in self.release.launches}
+
+    def of(self, process: str) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.launch.spec.process == process]
+
+    def let_end(self) -> None:
+        """Restart no instance any more."""
         for replica in self.replicas:
             replica.release()
 
@@ -70,13 +87,21 @@ class Group:
 class Runner:
     """One app while it is in this server's care."""
 
-    def __init__(self, app_id: str, app: str, drivers: Drivers, tasks: Tasks, desired: int = 1) -> None:
+    def __init__(
+        self,
+        app_id: str,
+        app: str,
+        drivers: Drivers,
+        tasks: Tasks,
+        sizes: Mapping[str, int] | None = None,
+        on_release: Callable[[], None] | None = None,
+    ) -> None:
         self.app_id = app_id
         self.app = app
         self.drivers = drivers
         self.tasks = tasks
-        self.desired = desired
-        """How many instances the app wants; 0 for one that is stopped."""
+        self.sizes: Mapping[str, int] = dict(sizes or {})
+        """How many instances of each process type the app wants; one of those that are not named."""
         self.active: Group | None = None
         self.fallback: Group | None = None
         """The release before the active one, until its last instance is gone."""
@@ -86,15 +111,28 @@ class Runner:
         """Every group that may have an instance."""
         self.leaving: list[Replica] = []
         """Replicas that a smaller number of instances has no place for, until they are gone."""
+        self._on_release = on_release
+        """Called when another release is the app's, or may run again."""
+        self.jobs: set[Job] = set()
+        """Commands under way that run to their end."""
         self.routed: list[Backend] = []
         self._trial: tuple[Group, int] | None = None
         self._told: tuple[object, ...] | None = None
         self._listeners: list[asyncio.Event] = []
-        drivers.router.route(app, [])
+        self._abandoned = False
+        # another server ran the app until now, and this one passed requests on to the instances that it takes up
+        self._inherits = drivers.router.serves(app)
+        if not self._inherits:
+            drivers.router.route(app, [])
         self.changed()
 
-    def make_group(self, deployment_id: str, launch: Launch) -> Group:
-        group = Group(deployment_id, launch, self.drivers, self.changed)
+    @property
+    def desired(self) -> int:
+        """How many web instances the app wants; 0 for one that is stopped."""
+        return self.sizes.get(WEB, 1)
+
+    def make_group(self, release: ReleaseLaunch) -> Group:
+        group = Group(release, self.drivers, self.changed)
         self.groups.append(group)
         return group
 
@@ -110,7 +148,7 @@ class Runner:
         """Make `group` the app's release; the one before it is no longer restarted and serves only until then."""
         before = self.active
         if before is not None and before is not group:
-            before.release()
+            before.let_end()
             self.fallback = before
         self.active = group
         self.held = False
@@ -130,9 +168,9 @@ class Runner:
         self._trial = None
         self.changed()
 
-    def scale(self, desired: int) -> None:
-        """Run `desired` instances of the active release from now on, and of the one that is rolled out."""
-        self.desired = desired
+    def scale(self, sizes: Mapping[str, int]) -> None:
+        """Run so many instances of the active release from now on, and of the one that is rolled out."""
+        self.sizes = dict(sizes)
         if self.active is not None and not self.held:
             self.keep_up()
         else:
@@ -140,25 +178,32 @@ class Runner:
 
     def keep_up(self) -> None:
         """Have the active release run as often as the app wants."""
+        if self._on_release is not None:
+            self._on_release()
         if self.active is not None:
-            for replica in self.active.keep_up(self.desired):
+            for replica in self.active.keep_up(self.sizes):
                 self.leaving.append(replica)
                 self.tasks.start(self._retire(replica), f"retire an instance of {self.app}")
         self.changed()
 
     async def _retire(self, replica: Replica) -> None:
-        await replica.retire()
+        try:
+            await replica.retire()
+        except LeaseLost:
+            return  # whoever runs the app now retires it
         self.leaving.remove(replica)
 
     def views(self, group: Group) -> tuple[InstanceView, ...]:
         """What a rollout sees of a release: also the instances that it has no place for any more."""
-        leaving = [replica for replica in self.leaving if replica.launch is group.launch]
+        launches = group.release.launches
+        leaving = [r for r in self.leaving if r.launch is launches.get(r.launch.spec.process)]
         return tuple(
             InstanceView(
                 id=replica.instance_id,
                 observed=replica.observed,
                 routed=replica.backend is not None and replica.backend in self.routed,
                 reason=replica.reason,
+                process=replica.launch.spec.process,
             )
             for replica in (*group.replicas, *leaving)
         )
@@ -166,7 +211,7 @@ class Runner:
     def hold(self) -> None:
         self.held = True
         if self.active is not None:
-            self.active.release()
+            self.active.let_end()
 
     def unhold(self) -> None:
         self.held = False
@@ -174,18 +219,25 @@ class Runner:
 
     def changed(self) -> None:
         """Route to what is ready now and wake whoever waits for a change."""
+        if self._abandoned:
+            return
         serving: list[Backend] = []
         for group in (self.active, self.fallback):
             serving = serving or (group.serving() if group is not None else [])
         trial, percent = ([], 0) if self._trial is None else (self._trial[0].serving(), self._trial[1])
         closed = None if self.desired else CLOSED
         told = serving, trial, percent, closed
-        if told != self._told:
+        self._inherits = self._inherits and not serving and closed is None and self._takes_up()
+        if told != self._told and not self._inherits:
             self._told = told
             self.routed = [*serving, *trial]
             self.drivers.router.route(self.app, serving, closed=closed, trial=trial, percent=percent)
         for listener in self._listeners:
             listener.set()
+
+    def _takes_up(self) -> bool:
+        """Whether instances that serve already are still being adopted."""
+        return self.active is None or any(replica.being_adopted for replica in self.active.of(WEB))
 
     def listen(self) -> asyncio.Event:
         event = asyncio.Event()
@@ -212,10 +264,12 @@ class Runner:
         await asyncio.gather(
             *(group.stop(grace_secs) for group in self.groups),
             *(replica.stop(grace_secs) for replica in self.leaving),
+            *(job.stop(grace_secs) for job in self.jobs),
         )
 
     async def abandon(self) -> None:
-        """Stop watching; the instances go on without this server."""
+        """Stop watching; the instances, and the requests to them, go on without this server's doing."""
+        self._abandoned = True
         await asyncio.gather(
             *(group.abandon() for group in self.groups), *(replica.abandon() for replica in self.leaving)
         )

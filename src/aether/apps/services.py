@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from aether.apps.catalogue import Catalogue
 from aether.apps.deployments import Deployments
 from aether.apps.logs import Logs
+from aether.apps.runs import Runs
+from aether.apps.volumes import AppVolumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,5 +17,7 @@ class AppServices:
     catalogue: Catalogue
     deployments: Deployments
     logs: Logs
+    runs: Runs
+    volumes: AppVolumes
     url_of: Callable[[str], str]
     """The address at which an app answers, from its name."""

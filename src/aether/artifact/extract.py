@@ -19,15 +19,14 @@ from threading import Event, Thread
 from aether.artifact.headers import BLOCK
 from aether.artifact.inflate import ArchiveTooLarge, InvalidArchive, inflate
 from aether.artifact.links import escapes
-from aether.artifact.reader import Member, Pieces, members
+from aether.artifact.placing import Folders, is_new, refuse_clashes
+from aether.artifact.reader import Pieces, members
 from aether.artifact.tree import DIRECTORY, FILE, LINK, show
 
 __all__ = ["ArchiveTooLarge", "ExtractLimits", "ExtractStats", "InvalidArchive", "extract", "flush", "sweep"]
 
 _TEMPORARY = ".extracting-"
 _AHEAD = 8
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +51,16 @@ class ExtractStats:
 
 
 def extract(
-    archive: Path, target: Path, *, limits: ExtractLimits | None = None, durable: bool = False
+    archive: Path,
+    target: Path,
+    *,
+    limits: ExtractLimits | None = None,
+    durable: bool = False,
+    plain: bool = False,
 ) -> ExtractStats:
     """Unpack `archive` into the new folder `target`, whose parent must exist.
+
+    `plain` refuses links, and names that differ in nothing but case or Unicode composition.
 
     A killed process leaves no half-made `target`. A lost machine may, unless `durable` puts the data on disk first
     (`flush`, seconds for a large tree); a server can answer sooner by flushing later and noting when that was done.
@@ -67,7 +73,7 @@ def extract(
     work.mkdir(mode=0o755)
     try:
         with _Pump(archive, limits or ExtractLimits()) as pump:
-            stats = _unpack(pump, work, limits or ExtractLimits())
+            stats = _unpack(pump, work, limits or ExtractLimits(), plain)
         if durable:
             flush(work)
         # rename(2) would replace an empty folder silently; an artifact without members is such a folder
@@ -135,21 +141,23 @@ class _Pump:
             yield piece
 
 
-def _unpack(pump: _Pump, work: Path, limits: ExtractLimits) -> ExtractStats:
+def _unpack(pump: _Pump, work: Path, limits: ExtractLimits, plain: bool) -> ExtractStats:
     stream = Pieces(iter(pump))
     known: dict[bytes, str] = {b"": DIRECTORY}
     links: dict[bytes, bytes] = {}
     files = size = 0
-    with _Folders(work) as folders:
+    with Folders(work) as folders:
         for member in members(stream):
             if len(known) > limits.max_entries:
                 raise ArchiveTooLarge(f"the archive has more than {limits.max_entries} members")
-            if _is_new(member, known, folders):
+            if is_new(member, known, folders):
                 if member.kind == FILE:
                     folders.file(member, stream)
                     files += 1
                     size += member.size
                 elif member.kind == LINK:
+                    if plain:
+                        raise InvalidArchive(f"'{show(member.name)}' is a link; only files and folders are taken")
                     links[member.name] = member.target
                 else:
                     folders.make(member.name)
@@ -160,97 +168,10 @@ def _unpack(pump: _Pump, work: Path, limits: ExtractLimits) -> ExtractStats:
                 raise InvalidArchive(f"'{show(name)}' links to '{show(target)}', outside of the archive")
         for name, target in links.items():
             folders.link(name, target)
+    if plain:
+        refuse_clashes(known)
     directories = sum(kind == DIRECTORY for kind in known.values()) - 1
     return ExtractStats(files, directories, len(links), size, pump.tar_bytes, pump.content_digest)
-
-
-def _is_new(member: Member, known: dict[bytes, str], folders: "_Folders") -> bool:
-    """Record `member` and make the folders it needs; False for a folder that is there already."""
-    before = known.get(member.name)
-    if before is not None:
-        if before == member.kind == DIRECTORY:
-            return False
-        raise InvalidArchive(f"'{show(member.name)}' is in the archive twice")
-    parent = member.name.rpartition(b"/")[0]
-    absent: list[bytes] = []
-    while (kind := known.get(parent)) is None:
-        absent.append(parent)
-        parent = parent.rpartition(b"/")[0]
-    if kind != DIRECTORY:
-        raise InvalidArchive(f"'{show(member.name)}' lies below '{show(parent)}', which is not a folder")
-    for folder in reversed(absent):
-        folders.make(folder)
-        known[folder] = DIRECTORY
-    known[member.name] = member.kind
-    return True
-
-
-class _Folders:
-    """Handles of the folders on the way to the current one; members of one folder follow each other."""
-
-    def __init__(self, root: Path) -> None:
-        self._path: list[bytes] = []
-        self._handles = [os.open(root, _FOLDER)]
-        self._current = b""
-        self._chmod = False
-
-    def __enter__(self) -> "_Folders":
-        probe = os.open(b".probe", _NEW, 0o755, dir_fd=self._handles[0])
-        try:
-            self._chmod = os.fstat(probe).st_mode & 0o777 != 0o755
-        finally:
-            os.close(probe)
-            os.unlink(b".probe", dir_fd=self._handles[0])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            os.close(handle)
-
-    def _enter(self, folder: bytes) -> int:
-        if folder != self._current:
-            parts = folder.split(b"/") if folder else []
-            same = 0
-            for ours, theirs in zip(self._path, parts, strict=False):
-                if ours != theirs:
-                    break
-                same += 1
-            while len(self._path) > same:
-                self._path.pop()
-                os.close(self._handles.pop())
-            self._current = b"/".join(self._path)
-            for part in parts[same:]:
-                self._handles.append(os.open(part, _FOLDER, dir_fd=self._handles[-1]))
-                self._path.append(part)
-            self._current = folder
-        return self._handles[-1]
-
-    def make(self, name: bytes) -> None:
-        parent, _, last = name.rpartition(b"/")
-        folder = self._enter(parent)
-        os.mkdir(last, 0o755, dir_fd=folder)
-        if self._chmod:
-            os.chmod(last, 0o755, dir_fd=folder)
-
-    def link(self, name: bytes, target: bytes) -> None:
-        parent, _, last = name.rpartition(b"/")
-        os.symlink(target, last, dir_fd=self._enter(parent))
-
-    def file(self, member: Member, stream: Pieces) -> None:
-        parent, _, last = member.name.rpartition(b"/")
-        mode = 0o755 if member.executable else 0o644
-        fd = os.open(last, _NEW, mode, dir_fd=self._enter(parent))
-        try:
-            if self._chmod:
-                os.fchmod(fd, mode)
-            stream.each(member.size, lambda part: _write_all(fd, part))
-        finally:
-            os.close(fd)
-
-
-def _write_all(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def _sync_folder(folder: Path) -> None:

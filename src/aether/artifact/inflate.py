@@ -9,7 +9,7 @@ from aether.model.errors import BadRequest
 _READ = 1 << 20
 _OUT = 1 << 20
 _MAGIC = b"\x1f\x8b"
-_RATIO_GRACE = 64 << 20
+RATIO_GRACE = 64 << 20
 """Below so many bytes no ratio is judged: short runs of zeros compress enormously and harm nobody."""
 
 
@@ -55,7 +55,7 @@ def inflate(source: BinaryIO, *, max_bytes: int, max_ratio: int) -> Iterator[byt
             given += len(piece)
             if given > max_bytes:
                 raise ArchiveTooLarge(f"the archive unpacks to more than {max_bytes} bytes")
-            if given > _RATIO_GRACE and given > taken * max_ratio:
+            if given > RATIO_GRACE and given > taken * max_ratio:
                 raise ArchiveTooLarge(f"the archive unpacks to more than {max_ratio} times its size")
             if piece:
                 yield piece

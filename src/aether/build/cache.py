@@ -33,11 +33,13 @@ def digest_file(path: Path) -> str | None:
         return None
 
 
-def digest_tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below `folder` by its relative path; empty if there is no such folder."""
+def digest_tree(folder: Path, leave: frozenset[bytes] = frozenset()) -> dict[str, str]:
+    """SHA-256 of each file below `folder` by its relative path; empty if there is no such folder.
+
+    `leave` names folders directly in `folder` that are left out."""
     found: dict[str, str] = {}
     for base, folders, files in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if base != str(folder) or os.fsencode(name) not in leave)
         for name in files:
             path = Path(base, name)
             found[str(path.relative_to(folder))] = digest_file(path) or ""

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from aether.model.errors import ConfigError, LocalIOError
+from aether.model.errors import BadRequest, ConfigError, LocalIOError
+from aether.model.instance import Volume
+from aether.model.volumes import check_volumes
 
 Table = Mapping[str, Any]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env", "rollout"})
+_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env", "rollout", "processes", "release", "volumes"})
 _ROLLOUT_NUMBERS = ("step_secs", "bake_secs", "min_requests", "max_error_rate", "max_latency_ratio")
 STRATEGIES = ("rolling", "recreate", "canary", "bluegreen")
 
@@ -29,6 +31,10 @@ class AetherToml:
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     strategy: str | None = None
     rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    processes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The `[processes]` table as it is written; `aether.build.processes` makes sense of it."""
+    release: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    volumes: tuple[Mapping[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -131,8 +137,36 @@ def read_aether_toml(root: Path) -> AetherToml:
         env=env,
         strategy=strategy,
         rollout=rollout,
+        processes=table_of(table, "processes", name),
+        volumes=_volumes(table.get("volumes"), f"{name} [[volumes]]"),
+        release=table_of(table, "release", name),
         notes=tuple(f"{name}: '{key}' is not known and has no effect" for key in unknown),
     )
+
+
+def _volumes(value: object, where: str) -> tuple[Mapping[str, str], ...]:
+    """The `[[volumes]]` of the file, each a name and a path."""
+    if value is None:
+        return ()
+    tables = cast("list[object]", value) if isinstance(value, list) else [None]
+    found: list[Volume] = []
+    for item in tables:
+        if not isinstance(item, dict):
+            raise ConfigError(f'{where}: write [[volumes]] with a name and a path, as in path = "/data"')
+        table = cast(Table, item)
+        if "size" in table:
+            raise ConfigError(f"{where}: 'size' cannot be enforced for a folder, so it is not accepted")
+        if unknown := sorted(table.keys() - {"name", "path"}):
+            raise ConfigError(f"{where}: '{unknown[0]}' is not known; a volume has a name and a path")
+        name, path = text_of(table, "name", where), text_of(table, "path", where)
+        if name is None or path is None:
+            raise ConfigError(f"{where}: a volume needs a name and a path")
+        found.append(Volume(name, path))
+    try:
+        check_volumes(found)
+    except BadRequest as error:
+        raise ConfigError(f"{where}: {error.message}") from error
+    return tuple({"name": volume.name, "path": volume.path} for volume in found)
 
 
 def _rollout(table: Table, where: str) -> tuple[str | None, dict[str, Any]]:
@@ -167,5 +201,7 @@ def read_procfile(root: Path) -> dict[str, str]:
         name, colon, command = line.partition(":")
         if not colon or not name.strip() or not command.strip():
             raise ConfigError(f"Procfile, line {number}: 'name: command' is expected")
+        if name.strip() in found:
+            raise ConfigError(f"Procfile, line {number}: '{name.strip()}' is there twice")
         found[name.strip()] = command.strip()
     return found

@@ -17,6 +17,7 @@ from aether.build.config import (
     text_of,
 )
 from aether.build.native import machine_of
+from aether.build.processes import find_processes
 from aether.build.project import Options, Project
 from aether.build.tools import find_tool
 from aether.model.errors import BadRequest, ConfigError
@@ -39,9 +40,15 @@ def detect(root: Path, options: Options) -> Project:
     config = read_aether_toml(root)
     package = read_json(root / "package.json")
     procfile = read_procfile(root)
-    kind = _kind(root, options.runtime or config.runtime, package, procfile, config)
-    start = options.start or config.start or procfile.get("web")
-    notes = list(config.notes)
+    processes = find_processes(config, procfile)
+    kind = _kind(root, options.runtime or config.runtime, package, config.start or processes.web)
+    start = options.start or config.start or processes.web
+    notes = [*config.notes, *processes.notes]
+    if config.volumes and config.strategy is None:
+        notes.append(
+            "in a rolling deployment the old and the new release write to the volumes side by side: under [rollout] "
+            'of aether.toml say strategy = "rolling" if that is fine, or "recreate" for what must be alone'
+        )
     match kind:
         case "node":
             runtime = options.runtime or config.runtime or _node_runtime(package or {}, options, notes)
@@ -64,15 +71,16 @@ def detect(root: Path, options: Options) -> Project:
         start=start,
         env={**config.env, **options.env},
         health_path=config.health_path,
+        processes=processes.processes,
+        release_command=processes.release_command,
+        volumes=config.volumes,
         strategy=config.strategy,
         rollout=config.rollout,
         notes=tuple(notes),
     )
 
 
-def _kind(
-    root: Path, runtime: str | None, package: Table | None, procfile: dict[str, str], config: AetherToml
-) -> str:
+def _kind(root: Path, runtime: str | None, package: Table | None, start: str | None) -> str:
     if runtime is not None:
         if runtime in ("static", "binary"):
             return runtime
@@ -87,7 +95,7 @@ def _kind(
         return "node"
     if (root / "requirements.txt").is_file() or (root / "pyproject.toml").is_file():
         return "python"
-    if "web" in procfile or config.start:
+    if start:
         return "binary"
     if (root / "index.html").is_file():
         return "static"

@@ -31,7 +31,7 @@ _CREDENTIALS = {
     b".pypirc": (b"password",),
     b".netrc": (b"password",),
 }
-_ARTIFACT = re.compile(rb"app-[0-9a-f]{64}\.(?:tar\.gz|manifest\.json)|\.pack-.*\.part")
+_ARTIFACT = re.compile(rb"app-[0-9a-f]{64}\.(?:tar\.gz|(?:manifest|sbom|provenance)\.json|sig)|\.pack-.*\.part")
 _LOOK_BYTES = 256 << 10
 
 _SECRET = "environment file, may hold secrets: set them with 'aether config'"
@@ -245,7 +245,7 @@ class _Walk:
             return _KEY
         if last in _CREDENTIALS and _mentions(item.path, _CREDENTIALS[last]):
             return "holds credentials"
-        if last.endswith((b".gz", b".json", b".part")) and _ARTIFACT.fullmatch(last):
+        if last.endswith((b".gz", b".json", b".part", b".sig")) and _ARTIFACT.fullmatch(last):
             return "an artifact of an earlier deploy"
         return None
 

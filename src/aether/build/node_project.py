@@ -30,6 +30,8 @@ class NodeProject:
     """Folders of workspaces and of local dependencies, relative with '/'."""
     tarballs: tuple[str, ...]
     """Local dependencies that are files."""
+    copied: tuple[str, ...]
+    """Folders of local dependencies of which yarn and pnpm install a copy, where npm makes a link."""
     lifecycle: tuple[tuple[str, str], ...]
     """The project's own install scripts to run: (folder, script)."""
     builds: bool
@@ -55,16 +57,20 @@ def read_project(root: Path, options: Options) -> NodeProject:
     package = read_json(root / "package.json") or {}
     manifests = {".": package}
     tarballs: set[str] = set()
+    copied: set[str] = set()
     pending = ["."]
     for folder in _workspaces(root, package):
         manifests[folder] = read_json(root / folder / "package.json") or {}
         pending.append(folder)
     while pending:
         folder = pending.pop()
-        for local in _local_dependencies(root, folder, manifests[folder]):
+        for local, linked in _local_dependencies(root, folder, manifests[folder]):
             if (root / local).is_file():
                 tarballs.add(local)
-            elif local not in manifests:
+                continue
+            if not linked:
+                copied.add(local)
+            if local not in manifests:
                 manifests[local] = read_json(root / local / "package.json") or {}
                 pending.append(local)
     scripts = {folder: table_of(found, "scripts", f"{folder}/package.json") for folder, found in manifests.items()}
@@ -83,6 +89,7 @@ def read_project(root: Path, options: Options) -> NodeProject:
         manager=manager if depends or lifecycle or builds else None,
         workspaces=tuple(sorted(set(manifests) - {"."})),
         tarballs=tuple(sorted(tarballs)),
+        copied=tuple(sorted(copied)),
         lifecycle=lifecycle,
         builds=builds,
         has_dev=any(found.get("devDependencies") for found in manifests.values()),
@@ -138,8 +145,9 @@ def _pnpm_workspaces(root: Path) -> list[str]:
     return found
 
 
-def _local_dependencies(root: Path, folder: str, package: Table) -> Iterable[str]:
-    """Dependencies that lie on this machine, relative to `root`. Raises ConfigError when one lies outside."""
+def _local_dependencies(root: Path, folder: str, package: Table) -> Iterable[tuple[str, bool]]:
+    """Dependencies that lie on this machine, relative to `root`, and whether every manager links to them. Raises
+    ConfigError when one lies outside."""
     for field in _DEPENDENCIES:
         for name, spec in cast(dict[str, Any], table_of(package, field, f"{folder}/package.json")).items():
             if not isinstance(spec, str) or not spec.startswith(_LOCAL):
@@ -155,4 +163,4 @@ def _local_dependencies(root: Path, folder: str, package: Table) -> Iterable[str
                 continue
             if not (root / place).exists():
                 raise ConfigError(f"package.json: the dependency '{name}' is at '{where}', and there is nothing")
-            yield place
+            yield place, spec.startswith(("link:", "portal:"))

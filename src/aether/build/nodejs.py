@@ -51,6 +51,8 @@ _SHAPING = (
     "installConfig",
 )
 _SETTINGS = (".npmrc", ".yarnrc", ".yarnrc.yml", ".pnpmfile.cjs", "pnpm-workspace.yaml")
+_NOT_COPIED = frozenset({b"node_modules", b".git"})
+"""Of a local dependency."""
 _PATCHES = ("patches", ".yarn/patches", ".yarn/plugins", ".yarn/releases")
 
 
@@ -172,15 +174,18 @@ def _facts(node: NodeProject, manager: Manager, options: Options, target: Target
         "settings": {name: cache.digest_file(root / name) for name in _SETTINGS},
         "patches": {name: cache.digest_tree(root / name) for name in _PATCHES},
         "tarballs": {name: cache.digest_file(root / name) for name in node.tarballs},
+        "copied": {name: cache.digest_tree(root / name, leave=_NOT_COPIED) for name in _copied(node, manager)},
     }
 
 
 def _lay_out(node: NodeProject, manager: Manager, folder: Path) -> None:
     """What an installation reads, and nothing else of the project; its own lifecycle scripts are taken out."""
     root = node.root
+    for name in _copied(node, manager):
+        copy_tree(root / name, folder / name, leave=_NOT_COPIED)
     for place in (".", *node.workspaces):
         found = read_json(root / place / "package.json")
-        if found is None:
+        if found is None or place in _copied(node, manager):
             continue
         scripts = {key: value for key, value in table_of(found, "scripts", place).items() if key not in LIFECYCLE}
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -199,6 +204,11 @@ def _lay_out(node: NodeProject, manager: Manager, folder: Path) -> None:
     for name in _PATCHES:
         if (root / name).is_dir():
             copy_tree(root / name, folder / name)
+
+
+def _copied(node: NodeProject, manager: Manager) -> tuple[str, ...]:
+    """Folders that are dependencies like any other to the manager; yarn 2 and later lock their bytes."""
+    return () if manager.name == "npm" else node.copied
 
 
 def _bins(package: Table) -> list[str]:
@@ -231,6 +241,8 @@ def _build(
         # scripts of the project meet the environment they know; only pnpm itself runs unattended
         env.pop("CI", None)
     for folder, name in node.lifecycle:
+        if folder in _copied(node, manager):
+            continue  # the manager runs them, in the copy
         _run_visible(
             manager.run_script(name), scratch / folder, what=f"the script '{name}'", options=options,
             on_line=on_line, env=env,

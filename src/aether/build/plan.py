@@ -62,23 +62,24 @@ def prepare(plan: Plan, *, on_line: OnLine | None = None) -> Generator[Prepared]
     """
     project, options = plan.project, plan.options
     with _scratch(project, on_line) as scratch:
-        cached = True
+        cached, described = True, None
         if project.kind == "node":
             from aether.build import nodejs
             from aether.build.node_project import read_project
 
             target = options.target or nodejs.default_target()
-            node = read_project(project.root, options)
+            described = node = read_project(project.root, options)
             found, cached = nodejs.install(node, options, target, scratch, on_line)
             check_native_modules(found.entries, target)
         elif project.kind == "python":
             from aether.build import python
 
-            found, cached = python.install(python.read_project(project.root), options, on_line)
+            described = python.read_project(project.root)
+            found, cached = python.install(described, options, on_line)
         else:
             found = select(project.root)
             _check_programs(project, options, found)
-        yield Prepared(plan, tuple(found.entries), tuple(found.excluded), cached)
+        yield Prepared(plan, tuple(found.entries), tuple(found.excluded), cached, described)
 
 
 def make(

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aether.artifact.pack import Packed
 from aether.artifact.tree import Entry
+
+if TYPE_CHECKING:
+    from aether.build.node_project import NodeProject
+    from aether.build.python import PythonProject
 
 OnLine = Callable[[str], None]
 """Receives one line of a tool's output, without its newline."""
@@ -61,7 +65,12 @@ class Project:
     start: str
     env: Mapping[str, str]
     health_path: str | None
+    processes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Process types besides web in the words of the API."""
+    release_command: Mapping[str, Any] | None = None
     strategy: str | None = None
+    volumes: tuple[Mapping[str, str], ...] = ()
+    """Names and paths of the folders that outlive instances."""
     rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How traffic moves to a new release, in the words of the API; what is absent is the server's to choose."""
     notes: tuple[str, ...] = ()
@@ -91,6 +100,8 @@ class Prepared:
     excluded: tuple[Excluded, ...]
     cached: bool
     """True when no package manager had to run."""
+    described: "NodeProject | PythonProject | None" = None
+    """What the project's own files say of its dependencies."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ The server puts that folder on PYTHONPATH and its `bin` on PATH. Wheels are chos
 them, so they fit Linux and that minor version of Python.
 """
 
+import base64
+import csv
+import hashlib
 import os
 import platform
 import re
@@ -20,11 +23,15 @@ from aether.build.project import OnLine, Options
 from aether.build.tools import Tool, find_tool
 from aether.model.errors import ConfigError
 
-_LAYOUT = 1
-_PREFIX = b".aether/python"
+_LAYOUT = 2
+PREFIX = b".aether/python"
 _INCLUDE = re.compile(r"\s*(?:-r|--requirement|-c|--constraint)[\s=]+(\S+)")
 _LOCAL = re.compile(r"\s*(?:-e\b|--editable\b|\.{0,2}/|\.\s*$|file:)|.*@\s*file:")
 _SHEBANG = re.compile(rb"\A#!(?:[^\n]*python[^\n]*|/bin/sh\n'''exec'[^\n]*python[^\n]*\n' ''')\n")
+
+REPORT = "pip-report.json"
+"""Lies beside the packages and tells where pip got each one from."""
+_REPORTS_SINCE = (22, 2)
 
 _COMPILE = """
 import compileall, py_compile, sys
@@ -130,8 +137,8 @@ def install(project: PythonProject, options: Options, on_line: OnLine | None) ->
             on_line("waiting for another deploy that installs the same dependencies")
 
     folder, hit = cache.obtain(key, make, fresh=project.local or not options.cache, waiting=waiting)
-    found.entries.append(Entry(_PREFIX, b"", DIRECTORY))
-    found.entries += scan(folder / "python", _PREFIX + b"/")
+    found.entries.append(Entry(PREFIX, b"", DIRECTORY))
+    found.entries += scan(folder / "python", PREFIX + b"/")
     return found, hit
 
 
@@ -165,24 +172,60 @@ def _install_into(
     argv += ["-r", str(project.requirements)] if project.requirements else list(project.listed)
     env = {"PYTHONHASHSEED": "0", "PIP_ROOT_USER_ACTION": "ignore", "PYTHONNOUSERSITE": "1"}
     env |= {"PYTHONPATH": "", "PIP_REQUIRE_VIRTUALENV": "0"}
+    if _reports(python):
+        argv += ["--report", str(folder / REPORT)]
     if on_line is not None:
         on_line("$ pip install")
     run(argv, project.root, what="pip install", timeout_s=options.timeout_s, on_line=on_line, env=env)
     target.mkdir(exist_ok=True)
-    _free_scripts(target / "bin")
+    _record_anew(target, _free_scripts(target / "bin"))
     # bytecode that is checked neither by time nor by content loads from a read-only release at full speed;
     # files that do not compile (templates, other versions of Python) are left to the program that imports them
     compile_all = [*python.argv, "-c", _COMPILE, str(target)]
     run(compile_all, folder, what="compiling Python", timeout_s=options.timeout_s, env=env)
 
 
-def _free_scripts(folder: Path) -> None:
-    """Let installed programs run with whatever python3 the server has: their first line names this machine's."""
+def _reports(python: Tool) -> bool:
+    """Whether pip can write down where it got everything from."""
+    pip = find_tool("pip", (*python.argv, "-m", "pip"))
+    numbers = re.match(r"(\d+)\.(\d+)", pip.version) if pip else None
+    return numbers is not None and (int(numbers.group(1)), int(numbers.group(2))) >= _REPORTS_SINCE
+
+
+def _free_scripts(folder: Path) -> list[Path]:
+    """Let installed programs run with whatever python3 the server has: their first line names this machine's.
+
+    Returns those that were changed.
+    """
+    changed: list[Path] = []
     if not folder.is_dir():
-        return
+        return changed
     for path in folder.iterdir():
         if path.is_symlink() or not path.is_file():
             continue
         content = path.read_bytes()
         if _SHEBANG.match(content):
             path.write_bytes(_SHEBANG.sub(b"#!/usr/bin/env python3\n", content, count=1))
+            changed.append(path)
+    return changed
+
+
+def _record_anew(target: Path, changed: list[Path]) -> None:
+    """Write the hashes of changed programs into the RECORDs that list them, so that they hold for what is packed."""
+    names = {path.name: path for path in changed}
+    if not names:
+        return
+    for record in target.glob("*.dist-info/RECORD"):
+        with record.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        again = False
+        for row in rows:
+            folder, _, name = row[0].rpartition("/") if row else ("", "", "")
+            if len(row) == 3 and folder in ("bin", "../../bin") and name in names:
+                content = names[name].read_bytes()
+                digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+                row[1:] = [f"sha256={digest}", str(len(content))]
+                again = True
+        if again:
+            with record.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)

@@ -1,4 +1,4 @@
-"""`aether apps`: list, create, show and delete apps."""
+"""`aether apps`: list, create, show, transfer and delete apps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def configure(parser: Parser) -> None:
     info = parser.add_action("info", "show an app")
     info.add_argument("name", metavar="NAME", help="the app")
     add_format(info)
-    delete = parser.add_action("delete", "stop an app and delete it with its releases, config and logs")
+    transfer = parser.add_action("transfer", "give an app to another owner")
+    transfer.add_argument("name", metavar="NAME", help="the app")
+    transfer.add_argument("--to", metavar="OWNER", required=True, help="a team of yours; for an admin any owner")
+    add_format(transfer)
+    delete = parser.add_action("delete", "stop an app and delete it with its releases, config, logs and volumes")
     delete.add_argument("name", metavar="NAME", help="the app")
     delete.add_argument("--yes", action="store_true", help="do not ask")
     add_format(delete)
@@ -42,6 +46,9 @@ def run(arguments: Arguments, context: Context) -> int:
     elif arguments.action == "info":
         arguments.app = name
         return status.run(arguments, context)
+    elif arguments.action == "transfer":
+        app = context.api.transfer_app(name, arguments.to)
+        context.result(app, lambda: f"{name} belongs to {app['owner']} now")
     else:
         if not arguments.yes:
             _confirm(name)
@@ -53,7 +60,9 @@ def run(arguments: Arguments, context: Context) -> int:
 def _confirm(name: str) -> None:
     if not sys.stdin.isatty():
         raise UsageError(f"deleting {name} cannot be undone: add --yes")
-    sys.stderr.write(f"This stops {name} and deletes its releases, config and logs. Type its name to go on: ")
+    sys.stderr.write(
+        f"This stops {name} and deletes its releases, config, logs and volumes. Type its name to go on: "
+    )
     sys.stderr.flush()
     if sys.stdin.readline().strip() != name:
         raise UsageError("nothing was deleted")

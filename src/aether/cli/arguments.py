@@ -46,6 +46,8 @@ class Parser(argparse.ArgumentParser):
         self.options: list[argparse.Action] = []
         self.actions: dict[str, Parser] = {}
         self._group: Any = None
+        self.takes_command = False
+        """Everything from the first word on that is no flag belongs to the positional `command`."""
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("formatter_class", _Formatter)
         super().__init__(**settings)
@@ -69,8 +71,25 @@ class Parser(argparse.ArgumentParser):
     def read(self, words: list[str]) -> Arguments:
         """Raises UsageError."""
         # argparse asks its namespace what is missing, and Arguments would answer that nothing is
-        found = self.parse_args(words) if self.actions else self.parse_intermixed_args(words)
+        if self.takes_command:
+            flags, command = self._split(words)
+            found = self.parse_args(flags)
+            found.command = command
+        else:
+            found = self.parse_args(words) if self.actions else self.parse_intermixed_args(words)
         return Arguments(**vars(found))
+
+    def _split(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """Flags with their values, and the command that follows."""
+        at = 0
+        while at < len(words) and words[at].startswith("-") and words[at] != "-":
+            if words[at] == "--":
+                return words[:at], words[at + 1 :]
+            flag, has_value, _ = words[at].partition("=")
+            action = next((option for option in self.options if flag in option.option_strings), None)
+            takes_value = action is not None and action.nargs is None
+            at += 2 if takes_value and not has_value else 1
+        return words[:at], words[at:]
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see '{self.prog} --help'")

@@ -36,7 +36,7 @@ class Option:
         self.values = [str(choice) for choice in action.choices or ()]
         self.line = "" if action.help in (None, argparse.SUPPRESS) else str(action.help)
         self.takes_value = action.nargs != 0
-        self.is_path = action.metavar in ("DIR", "FILE")
+        self.is_path = not {"DIR", "FILE"}.isdisjoint(str(action.metavar).split("|"))
 
 
 class Command:

@@ -1,7 +1,7 @@
 """`aether deploy`: detect, install, pack, upload, roll out, and say what came of it.
 
     --dry-run     lists what would be packed and what not; runs no tool, writes nothing, asks no server
-    --pack-only   writes artifact and manifest; asks no server
+    --pack-only   writes artifact, manifest and the other documents (`documents`); asks no server
     --no-upload   as --pack-only, and asks the registry whether it has this artifact already; changes nothing there
 
 Artifacts go to --out, else to a folder for each app in the cache directory, where the newest few are kept.
@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 from aether.cli.arguments import add_format, add_timeout, seconds
-from aether.cli.output import escape
+from aether.cli.artifacts import folder_of, prune
+from aether.cli.documents import Documents, Wanted, make, send
+from aether.cli.dry_run import dry_run
+from aether.cli.output import escape, size
 from aether.cli.progress import progress_for
 from aether.cli.project import variables
 from aether.model.errors import NetworkError, NotFound, UsageError
@@ -25,14 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from aether.artifact.pack import Packed
     from aether.build.project import Made, Options, Plan
     from aether.cli.arguments import Arguments, Parser
     from aether.cli.context import Context
     from aether.cli.progress import Progress
     from aether.client.wire import Deployment
 
-KEPT_ARTIFACTS = 3
 STRATEGIES = ("rolling", "recreate", "canary", "bluegreen")
 
 
@@ -66,15 +67,13 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--no-upload", action="store_true", help="as --pack-only, and ask whether the registry has the artifact"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for artifact and manifest (default: in the cache)")
+    parser.add_argument("--out", metavar="DIR", help="folder for artifact and documents (default: in the cache)")
     parser.add_argument("--compression-level", type=level, default=2, metavar="N", help="0 to 9 (2)")
     parser.add_argument("--no-cache", action="store_true", help="install dependencies anew")
     parser.add_argument("--ignore-scripts", action="store_true", help="run no install scripts of dependencies")
+    parser.add_argument("--no-sbom", action="store_true", help="write no bill of materials")
     parser.add_argument(
-        "--no-sbom", action="store_true", help="write no bill of materials (this version writes none yet)"
-    )
-    parser.add_argument(
-        "--legacy-sbom", action="store_true", help="bill of materials as aether-sbom-v1 (not offered by this version)"
+        "--legacy-sbom", action="store_true", help="bill of materials as aether-sbom-v1, not CycloneDX"
     )
     parser.add_argument(
         "--dev-hot", action="store_true", help="swap code in running pods (not offered by this version)"
@@ -103,6 +102,7 @@ def run(arguments: Arguments, context: Context) -> int:
     _check(arguments)
     started = time.monotonic()
     options = _options(arguments, context)
+    wanted = Wanted(arguments, context.environ)
     with progress_for(context.log) as progress:
         from aether.build.plan import plan
 
@@ -112,14 +112,14 @@ def run(arguments: Arguments, context: Context) -> int:
         for note in found.project.notes:
             progress.note(note)
         if arguments.dry_run:
-            return _dry_run(context, found, (time.monotonic() - started) * 1000)
+            return dry_run(context, found, wanted, (time.monotonic() - started) * 1000)
         offline = arguments.pack_only or arguments.no_upload
         known = False if arguments.pack_only else _known(context, found.project.app, must_answer=not offline)
         progress.end(f"{found.project.kind} project, {found.project.runtime}, app {found.project.app}")
-        made = _make(context, progress, found, arguments)
-        result = _described(made)
+        made, documents = _make(context, progress, found, arguments, wanted)
+        result = _described(made, documents)
         if not offline:
-            _ship(context, progress, made, known, arguments, result)
+            _ship(context, progress, made, documents, known, arguments, result)
         elif arguments.no_upload and context.api.has_artifact(made.packed.digest):
             result["bytes_reused"] = made.packed.size_bytes
     result["timings_ms"]["total"] = round((time.monotonic() - started) * 1000, 1)
@@ -130,8 +130,8 @@ def run(arguments: Arguments, context: Context) -> int:
 def _check(arguments: Arguments) -> None:
     if arguments.dev_hot:
         raise UsageError("--dev-hot is not offered by this version")
-    if arguments.legacy_sbom:
-        raise UsageError("--legacy-sbom is not offered by this version, which writes no bill of materials yet")
+    if arguments.legacy_sbom and arguments.no_sbom:
+        raise UsageError("--legacy-sbom and --no-sbom exclude each other")
     for flag, value in (("--app", arguments.app), ("--start", arguments.start), ("--runtime", arguments.runtime)):
         if value is not None and not value.strip():
             raise UsageError(f"{flag} is empty")
@@ -169,38 +169,59 @@ def _known(context: Context, app: str, *, must_answer: bool) -> bool:
     return True
 
 
-def _make(context: Context, progress: Progress, found: Plan, arguments: Arguments) -> Made:
+def _make(
+    context: Context, progress: Progress, found: Plan, arguments: Arguments, wanted: Wanted
+) -> tuple[Made, Documents]:
     """Install and pack; the phases one by one, so that each line can say what really happened."""
     from aether.artifact.pack import pack
     from aether.build.plan import prepare
     from aether.build.project import Made
 
-    out = Path(arguments.out) if arguments.out else _cached(context, found.project.app)
-    progress.begin("install")
-    with prepare(found, on_line=progress.output) as prepared:
-        cached = "dependencies from the cache" if found.steps else "nothing to install"
-        install_ms = progress.end(cached if prepared.cached else "; ".join(found.steps))
-        progress.begin("pack")
-        packed = pack(prepared.entries, out, level=arguments.compression_level, progress=progress.advance)
-        pack_ms = progress.end(f"{packed.files} files, {size(packed.size_bytes)}, {packed.digest[:12]}")
+    out = Path(arguments.out) if arguments.out else folder_of(context, found.project.app)
+    git = wanted.ask_git(found.project.root)
+    try:
+        progress.begin("install")
+        with prepare(found, on_line=progress.output) as prepared:
+            cached = "dependencies from the cache" if found.steps else "nothing to install"
+            install_ms = progress.end(cached if prepared.cached else "; ".join(found.steps))
+            progress.begin("pack")
+            packed = pack(prepared.entries, out, level=arguments.compression_level, progress=progress.advance)
+            pack_ms = progress.end(f"{packed.files} files, {size(packed.size_bytes)}, {packed.digest[:12]}")
+            documents = make(context, progress, prepared, packed, wanted, git)
+    finally:
+        if git is not None:
+            git.end()
     if not arguments.out:
-        _prune(out, packed)
-    return Made(found, prepared, packed, {"detect": found.detect_ms, "install": install_ms, "pack": pack_ms})
+        prune(out, packed.artifact)
+    # what the documents of an artifact take is part of making it
+    timings = {"detect": found.detect_ms, "install": install_ms, "pack": pack_ms + documents.took_ms}
+    return Made(found, prepared, packed, timings), documents
 
 
 def _ship(
-    context: Context, progress: Progress, made: Made, known: bool, arguments: Arguments, result: dict[str, Any]
+    context: Context,
+    progress: Progress,
+    made: Made,
+    documents: Documents,
+    known: bool,
+    arguments: Arguments,
+    result: dict[str, Any],
 ) -> None:
     """Upload and roll out; fills in the rest of `result`."""
-    app = made.plan.project.app
+    from aether.cli.transfer import bring
+    from aether.client.trace import traceparent
+
+    app, digest = made.plan.project.app, made.packed.digest
+    context.api.transport.traceparent = traceparent(context.environ)
     progress.begin("upload")
     if not known:
         _create(context, app)
-    sent = _upload(context, progress, made)
-    reused = made.packed.size_bytes - sent
-    result["timings_ms"]["upload"] = round(
-        progress.end(f"{size(sent)} sent" if sent else f"nothing to send, the registry has it ({size(reused)})"), 1
-    )
+    sent = bring(context, progress, made, signature=documents.signature_hex).bytes_sent
+    reused = max(0, made.packed.size_bytes - sent)
+    beside = send(context, app, digest, documents, known=not sent)
+    what = f"{size(sent)} sent" if sent else f"nothing to send, the registry has it ({size(reused)})"
+    with_documents = f", documents {size(beside)}" if beside else ""
+    result["timings_ms"]["upload"] = round(progress.end(what + with_documents), 1)
     result["bytes_uploaded"], result["bytes_reused"] = sent, reused
     started = time.monotonic()
     deployment = _roll_out(context, progress, made, arguments)
@@ -216,36 +237,6 @@ def _create(context: Context, app: str) -> None:
     except Conflict:
         # somebody else was faster, which is as good; unless it is theirs, and then the next call says so
         context.log.debug("the app exists by now", app=app)
-
-
-def _upload(context: Context, progress: Progress, made: Made) -> int:
-    """Bring the artifact into the registry; returns the bytes sent."""
-    api, packed, project = context.api, made.packed, made.plan.project
-    presigned = api.presign(
-        project.app,
-        digest=packed.digest,
-        size_bytes=packed.size_bytes,
-        content_digest=packed.content_digest,
-        runtime=project.runtime,
-    )
-    if presigned["method"] == "NONE":
-        return 0
-    upload_id = presigned["upload_id"]
-    if upload_id is None:
-        raise NetworkError("the server offered an upload without an id")
-    started = time.monotonic()
-    sent = api.upload(presigned, str(packed.artifact), lambda done: progress.advance(done, packed.size_bytes))
-    api.complete(
-        project.app,
-        digest=packed.digest,
-        size_bytes=packed.size_bytes,
-        content_digest=packed.content_digest,
-        runtime=project.runtime,
-        upload_id=upload_id,
-        put_duration_ms=round((time.monotonic() - started) * 1000),
-        idempotency_key=upload_id,
-    )
-    return sent
 
 
 def _roll_out(context: Context, progress: Progress, made: Made, arguments: Arguments) -> Deployment:
@@ -264,6 +255,9 @@ def _roll_out(context: Context, progress: Progress, made: Made, arguments: Argum
             command=project.start,
             env={**project.env, **made.plan.options.env},
             health={"path": project.health_path, "port": None} if project.health_path else None,
+            processes=project.processes,
+            release_command=project.release_command,
+            volumes=project.volumes,
             strategy=arguments.strategy or project.strategy or STRATEGIES[0],
             rollout=_rules(project.rollout, arguments),
             timeout_secs=arguments.timeout,
@@ -291,18 +285,15 @@ def _rules(project: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
     return {**project, **{name: value for name, value in flags.items() if value is not None}}
 
 
-def _described(made: Made) -> dict[str, Any]:
-    """The result so far; fields that this version cannot fill are null."""
+def _described(made: Made, documents: Documents) -> dict[str, Any]:
+    """The result so far."""
     packed = made.packed
     timings = {name: round(took, 1) for name, took in made.timings_ms.items()}
     return {
         "artifact": str(packed.artifact.absolute()),
         "digest": packed.digest,
         "size_bytes": packed.size_bytes,
-        "manifest": str(packed.manifest.absolute()),
-        "sbom": None,
-        "signature": None,
-        "provenance": None,
+        **documents.described(),
         "app": made.plan.project.app,
         "deployment_id": None,
         "url": None,
@@ -320,63 +311,3 @@ def _said(result: dict[str, Any], *, detached: bool) -> str:
     if detached:
         return f"{result['url']}\ndeployment {result['deployment_id']} is {result['status']}"
     return str(result["url"])
-
-
-def _dry_run(context: Context, found: Plan, detect_ms: float) -> int:
-    from aether.artifact.tree import DIRECTORY, show
-
-    project = found.project
-    would = sorted(show(entry.name) + ("/" if entry.kind == DIRECTORY else "") for entry in found.entries)
-    result: dict[str, Any] = dict.fromkeys(
-        ("artifact", "digest", "size_bytes", "manifest", "sbom", "signature", "provenance")
-    )
-    result.update(app=project.app, deployment_id=None, url=None, status="dry_run")
-    phases = dict.fromkeys(("detect", "install", "pack", "upload", "rollout", "total"))
-    result["timings_ms"] = {**phases, "detect": round(detect_ms, 1), "total": round(detect_ms, 1)}
-    result.update(bytes_uploaded=0, bytes_reused=0, runtime=project.runtime, start=project.start)
-    result["steps"] = list(found.steps)
-    result["would_pack"] = would
-    result["excluded"] = [{"path": item.path, "reason": item.reason} for item in found.excluded]
-
-    def text() -> str:
-        lines = [
-            f"app {project.app}: {project.kind} project, {project.runtime}, started by '{escape(project.start)}'"
-        ]
-        lines += [f"would run    {escape(step)}" for step in found.steps]
-        lines += [f"would pack   {name}" for name in would]
-        lines += [f"leaves out   {escape(item.path)}  ({escape(item.reason)})" for item in found.excluded]
-        return "\n".join(lines)
-
-    context.result(result, text)
-    return 0
-
-
-def _cached(context: Context, app: str) -> Path:
-    from aether.client.session import cache_dir
-
-    return Path(cache_dir(context.environ)) / "artifacts" / app
-
-
-def _prune(folder: Path, newest: Packed) -> None:
-    """Keep the newest artifacts of an app and drop the rest; the registry has what was deployed."""
-
-    def age(path: Path) -> float:
-        try:
-            return path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-
-    others = sorted((p for p in folder.glob("app-*.tar.gz") if p.name != newest.artifact.name), key=age, reverse=True)
-    for artifact in others[KEPT_ARTIFACTS - 1 :]:
-        artifact.unlink(missing_ok=True)
-        artifact.with_name(artifact.name.removesuffix(".tar.gz") + ".manifest.json").unlink(missing_ok=True)
-
-
-def size(count: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"

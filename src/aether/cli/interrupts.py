@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import FrameType
     from typing import Any
 
@@ -54,3 +56,17 @@ class Interrupts:
             self._waiting = error
         else:
             raise error
+
+
+@contextlib.contextmanager
+def end_at_once() -> Generator[None]:
+    """While entered, Ctrl-C and SIGTERM end the process as they end any program: nothing is left to be undone."""
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

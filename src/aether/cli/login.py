@@ -1,4 +1,4 @@
-"""`aether login`: open a session with a token, or with a user's password, and keep it.
+"""`aether login`: open a session with a token, with a user's password, or let in by somebody else, and keep it.
 
 Neither has to be typed on a command line: a token is read from --token-file, from the data directory of a server on
 this machine, from a prompt, or from standard input; a password (--username without a token) from a prompt or from
@@ -33,6 +33,10 @@ def configure(parser: Parser) -> None:
         "--username", metavar="NAME", help="log in with this user's password; with a token: insist on being this user"
     )
     parser.add_argument("--data-dir", metavar="DIR", help="data directory of a server on this machine")
+    parser.add_argument("--device", action="store_true", help="show a code that somebody who is logged in approves")
+    parser.add_argument("--approve", metavar="CODE", help="let in the machine that shows this code, as you")
+    parser.add_argument("--yes", action="store_true", help="with --approve: do not ask")
+    parser.add_argument("--ca-file", metavar="FILE", help="trust the certificates of this authority too (PEM)")
     parser.add_argument("--insecure-http", action="store_true", help="send the token over plain HTTP to another host")
     add_format(parser)
 
@@ -43,6 +47,10 @@ def run(arguments: Arguments, context: Context) -> int:
     from aether.client.renewal import Locked
     from aether.client.transport import Transport
 
+    if arguments.approve:
+        from aether.cli.device import approve
+
+        return approve(arguments.approve, context, sure=arguments.yes)
     base = _base(arguments, context)
     origin = Origin(base)
     if origin.scheme == "http" and not origin.is_loopback and not arguments.insecure_http:
@@ -50,10 +58,15 @@ def run(arguments: Arguments, context: Context) -> int:
             f"{base} is plain HTTP on another host: use https, or --insecure-http to send the token anyway"
         )
     on_event = context.note if context.log.shows("debug") else None
-    with Api(Transport(base, on_event=on_event)) as api:
+    ca_file = _ca_file(arguments, context, origin)
+    with Api(Transport(base, on_event=on_event, ca_file=ca_file)) as api:
         # a server that is not there is said before anybody types a token
         api.alive()
-        if arguments.username and not arguments.token and not arguments.token_file:
+        if arguments.device:
+            from aether.cli.device import log_in
+
+            answer = log_in(api, context)
+        elif arguments.username and not arguments.token and not arguments.token_file:
             answer = api.login_with_password(arguments.username, _password(arguments.username, origin))
         else:
             answer = api.login(_token(arguments, context, origin))
@@ -69,6 +82,7 @@ def run(arguments: Arguments, context: Context) -> int:
         answer["expires_at"] or "",
         answer.get("refresh_token") or "",
         answer.get("refresh_expires_at") or "",
+        ca_file=ca_file,
     )
     with Locked(context.environ):
         path = write_session(session, context.environ)
@@ -111,6 +125,21 @@ def _announced(folder: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
     return base if Origin(base).is_loopback else None
+
+
+def _ca_file(arguments: Arguments, context: Context, origin: Origin) -> str:
+    """The authority to trust beside the system's: the one named, else that of the server on this machine."""
+    if named := arguments.ca_file or context.environ.get("AETHER_CA_FILE", "").strip():
+        return os.path.abspath(os.path.expanduser(named))
+    if origin.scheme != "https" or not origin.is_loopback:
+        return ""
+    try:
+        with open(os.path.join(_data_dir(arguments), "up.json"), "rb") as file:
+            known = json.loads(file.read())
+        # another program's port must not be believed with this server's authority
+        return str(known.get("ca", "")) if urlsplit(str(known["api"])).port == origin.port else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def _token(arguments: Arguments, context: Context, origin: Origin) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aether.cli.arguments import add_format
-from aether.client.session import read_session, remove_session
+from aether.client.session import read_session, remove_session, trusted_ca
 from aether.model.errors import ConfigError, NetworkError, Unauthorized
 
 TYPE_CHECKING = False
@@ -32,7 +32,8 @@ def run(arguments: Arguments, context: Context) -> int:
     try:
         # an access token that has run out is renewed first: only a valid one ends its session
         renew = renewal(context.environ, session.api_base)
-        with Api(Transport(session.api_base, session.token, timeout_s=10.0, renew=renew)) as api:
+        trusted = trusted_ca(context.environ, session)
+        with Api(Transport(session.api_base, session.token, timeout_s=10.0, renew=renew, ca_file=trusted)) as api:
             api.logout()
     except Unauthorized:
         context.log.debug("the server had ended the session already")

@@ -29,20 +29,30 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "releases": "list the releases of an app, or compare two",
         "scale": "show and change how many instances of an app run",
         "config": "show and change the environment of an app",
+        "run": "run a command in a new sandbox of an app",
+        "volumes": "list the volumes of an app, and delete one",
     },
     "Look": {
         "list": "list apps",
         "status": "show how an app is doing",
         "logs": "show or follow what an app writes",
+        "hosts": "let an app answer to hosts of its own",
         "open": "print the address of an app and open it in a browser",
-        "apps": "create, show and delete apps",
+        "apps": "create, show, transfer and delete apps",
+        "verify": "check an artifact, who signed it and what it is made of",
     },
     "Set up": {
         "up": "run the whole platform on this machine",
+        "server": "run one of several servers that share a database",
         "login": "log in to a server",
         "logout": "revoke the session and forget it",
         "user": "create, list and disable users, and make tokens for CI",
-        "team": "create and list teams and say who is in them",
+        "team": "create, list and delete teams and say who is in them",
+        "keys": "make a signing key, and say whose signatures of an app count",
+        "audit": "show who changed what",
+        "gc": "take away what nobody needs any more",
+        "backup": "save the whole server into one file",
+        "restore": "make a server's data directory from a backup",
         "doctor": "check this machine, the session and the server",
         "completions": "print a completion script for bash, zsh or fish",
     },
@@ -78,7 +88,11 @@ def help_text() -> str:
 
 def entry(argv: "list[str] | None" = None) -> int:
     """Run one command and return its exit code; the console script (no `argv`) ends the process with it."""
-    code = _guarded(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _guarded(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        # another Ctrl-C before the first one was told of
+        code = _INTERRUPTED
     if argv is None:
         _leave(code)
     return code
@@ -95,8 +109,10 @@ def _guarded(given: "list[str]") -> int:
         return _BROKEN_PIPE
     except BaseException as error:  # noqa: BLE001 - the last line of defence: every failure becomes an exit code
         from aether.cli.failure import report
+        from aether.cli.interrupts import end_at_once
 
-        return report(error, given)
+        with end_at_once():
+            return report(error, given)
 
 
 def _leave(code: int) -> None:

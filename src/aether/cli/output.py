@@ -73,3 +73,13 @@ def fields(pairs: Iterable[tuple[str, object]]) -> str:
 def moment(text: str | None) -> str:
     """An API time for people: to the second, UTC."""
     return "" if not text else text[:19].replace("T", " ") + "Z"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from aether.cli.arguments import Arguments, Parser
     from aether.cli.context import Context
-    from aether.client.wire import Deployment, Release
+    from aether.client.wire import Deployment, ProcessType, Release, VariableChange
 
 MIN_DIGEST_PREFIX = 7
 _HEX = frozenset("0123456789abcdef")
@@ -100,6 +100,7 @@ def _diff(arguments: Arguments, context: Context, app: str) -> int:
     releases = every_release(context, app)
     a, b = find(releases, arguments.a, app), find(releases, arguments.b, app)
     changes = compare(a, b, context.api.deployment(a["deployment_id"]), context.api.deployment(b["deployment_id"]))
+    variables = context.api.changed_variables(app, a["deployment_id"], b["deployment_id"])
     same_content = a["digest"] == b["digest"] or (
         a["content_digest"] is not None and a["content_digest"] == b["content_digest"]
     )
@@ -108,10 +109,18 @@ def _diff(arguments: Arguments, context: Context, app: str) -> int:
         from aether.cli.contents import compare_artifacts
 
         files = compare_artifacts(context.api, a["digest"], b["digest"])
-    result = {"a": a, "b": b, "same_content": same_content, "changes": changes, "files": files}
+    result = {
+        "a": a,
+        "b": b,
+        "same_content": same_content,
+        "changes": changes,
+        "variables": variables,
+        "files": files,
+    }
 
     def text() -> str:
-        rows = [(name, change["a"], change["b"]) for name, change in changes.items()]
+        rows: list[tuple[object, ...]] = [(name, change["a"], change["b"]) for name, change in changes.items()]
+        rows += [(f"env {found['name']}", *_hidden(found)) for found in variables]
         lines = [table(("WHAT", f"v{a['version']}", f"v{b['version']}"), rows)] if rows else []
         if files is None:
             lines.append("the files differ (--files says which)")
@@ -123,13 +132,39 @@ def _diff(arguments: Arguments, context: Context, app: str) -> int:
     return 0
 
 
+def _hidden(found: VariableChange) -> tuple[str | None, str | None]:
+    """How a variable's change shows without its values."""
+    kind = " (secret)" if found["secret"] else ""
+    before = None if found["change"] == "added" else f"****{kind}"
+    after = None if found["change"] == "removed" else f"****{kind}"
+    return before, f"{after}, another value" if before and after else after
+
+
 def compare(a: Release, b: Release, da: Deployment, db: Deployment) -> dict[str, dict[str, object]]:
     """What of two releases differs, by name; values of variables stay on the server."""
+    types = sorted({*da["processes"], *db["processes"]})
     pairs: dict[str, tuple[object, object]] = {
         "digest": (a["digest"], b["digest"]),
         "runtime": (a["runtime"], b["runtime"]),
         "command": (da["command"], db["command"]),
+        **{name: (process(da["processes"].get(name)), process(db["processes"].get(name))) for name in types},
+        "release_command": (_release_command(da), _release_command(db)),
         "config_version": (a["config_version"], b["config_version"]),
         "strategy": (da["strategy"], db["strategy"]),
     }
     return {name: {"a": before, "b": after} for name, (before, after) in pairs.items() if before != after}
+
+
+def process(one: ProcessType | None) -> str | None:
+    """A process type in words; None when a release does not have it."""
+    if one is None:
+        return None
+    if one["kind"] == "cron":
+        zone = one.get("timezone", "UTC")
+        return f"{one['command']} (at '{one.get('schedule')}' {zone}, at most {one.get('timeout_secs', 0):g} s)"
+    return f"{one['command']} (settles in {one.get('settle_secs', 0):g} s)"
+
+
+def _release_command(deployment: Deployment) -> str | None:
+    found = deployment["release_command"]
+    return f"{found['command']} (at most {found['timeout_secs']:g} s)" if found else None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aether.cli.arguments import Arguments, Parser
     from aether.cli.context import Context
     from aether.cli.progress import Progress
-    from aether.client.wire import App
+    from aether.client.wire import App, Process
 
 MAX_INSTANCES = 50
 _POLL_S = 0.2
@@ -24,7 +24,7 @@ _POLL_S = 0.2
 
 def configure(parser: Parser) -> None:
     parser.add_argument(
-        "sizes", nargs="*", metavar="TYPE=N", help=f"e.g. web=3; 0 to {MAX_INSTANCES}, 0 stops the app"
+        "sizes", nargs="*", metavar="TYPE=N", help=f"e.g. web=3 worker=1; 0 to {MAX_INSTANCES}, 0 stops"
     )
     add_app(parser)
     add_timeout(parser)
@@ -67,16 +67,24 @@ def sizes_of(words: Iterable[str]) -> dict[str, int]:
 
 def said(app: App) -> str:
     """How many run, in words."""
-    count = app["instances"]
-    if not count["desired"]:
-        return f"{app['name']}: web 0 (stopped)"
-    return f"{app['name']}: web {count['ready']} of {count['desired']} ready"
+    if not app["processes"]:
+        return f"{app['name']}: nothing runs yet, there is no release"
+    return f"{app['name']}: " + ", ".join(f"{process['name']} {count(process)}" for process in app["processes"])
+
+
+def count(process: Process) -> str:
+    """How many of a process type run, in words."""
+    if process["kind"] == "cron":
+        return "paused" if not process["desired"] else "running" if process["ready"] else "waiting for its time"
+    if not process["desired"]:
+        return "0 (stopped)"
+    return f"{process['ready']} of {process['desired']} ready"
 
 
 def _settle(context: Context, app: App, timeout_s: float, progress: Progress) -> App:
     """Wait until as many are ready as are wanted. Raises RolloutFailed past `timeout_s`."""
     deadline = time.monotonic() + timeout_s
-    while app["instances"]["ready"] != app["instances"]["desired"]:
+    while any(p["kind"] != "cron" and p["ready"] != p["desired"] for p in app["processes"]):
         if time.monotonic() >= deadline:
             raise RolloutFailed(f"{said(app)} after {timeout_s:g} s; see 'aether logs --app {app['name']}'")
         progress.step(said(app))

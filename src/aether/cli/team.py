@@ -1,4 +1,4 @@
-"""`aether team`: create and list teams, and say who is in them. A team owns the apps made with `--team`."""
+"""`aether team`: create, list and delete teams, and say who is in them. A team owns the apps made with `--team`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def configure(parser: Parser) -> None:
     create.add_argument("name", metavar="TEAM", help="the team")
     add_format(create)
     add_format(parser.add_action("list", "list teams and their members (also without an action)"))
+    delete = parser.add_action("delete", "delete a team that owns no app")
+    delete.add_argument("name", metavar="TEAM", help="the team")
+    add_format(delete)
     for action, line in (("add", "put a user into a team"), ("remove", "take a user out of a team")):
         one = parser.add_action(action, line)
         one.add_argument("name", metavar="TEAM", help="the team")
@@ -28,6 +31,9 @@ def run(arguments: Arguments, context: Context) -> int:
     if arguments.action == "create":
         team = context.api.create_team(arguments.name)
         context.result(team, lambda: f"created {team['name']}; put users into it with 'aether team add'")
+    elif arguments.action == "delete":
+        context.api.delete_team(arguments.name)
+        context.result({"deleted": arguments.name}, lambda: f"deleted {arguments.name}")
     elif arguments.action == "add":
         team = context.api.add_member(arguments.name, arguments.user)
         context.result(team, lambda: f"{arguments.user} is in {arguments.name}")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1024 * 1024
 CONNECT_TIMEOUT_S = 10.0
+KEEPALIVE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 15, 5, 4
+"""A peer whose machine is gone sends nothing, not even an end: after so much silence the kernels ask each other."""
 
 
 class Origin:
@@ -61,8 +63,11 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") and host.replace(".", "").isdigit()
 
 
-def dial(origin: Origin, timeout_s: float) -> socket.socket:
-    """A connected socket. `*.localhost` is 127.0.0.1, because it does not resolve everywhere. Raises OSError."""
+def dial(origin: Origin, timeout_s: float, ca_file: str = "") -> socket.socket:
+    """A connected socket; `ca_file` is trusted beside what the system trusts.
+
+    `*.localhost` is 127.0.0.1, because it does not resolve everywhere. Raises OSError.
+    """
     if origin.path:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         address: Any = origin.path
@@ -79,8 +84,11 @@ def dial(origin: Origin, timeout_s: float) -> socket.socket:
             sock.connect(address)
         if not origin.path:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
         if origin.scheme == "https":
             context = ssl.create_default_context()
+            if ca_file:
+                _trust(context, ca_file)
             context.set_alpn_protocols(["http/1.1"])
             return context.wrap_socket(sock, server_hostname=origin.host)
     except BaseException:
@@ -89,11 +97,32 @@ def dial(origin: Origin, timeout_s: float) -> socket.socket:
     return sock
 
 
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for names, value in (
+        (("TCP_KEEPIDLE", "TCP_KEEPALIVE"), KEEPALIVE_S),  # Linux, macOS
+        (("TCP_KEEPINTVL",), KEEPALIVE_INTERVAL_S),
+        (("TCP_KEEPCNT",), KEEPALIVE_PROBES),
+    ):
+        known = [getattr(socket, name) for name in names if hasattr(socket, name)]
+        if known:
+            sock.setsockopt(socket.IPPROTO_TCP, known[0], value)
+
+
+def _trust(context: ssl.SSLContext, ca_file: str) -> None:
+    try:
+        context.load_verify_locations(ca_file)
+    except OSError as error:
+        reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigError(f"cannot trust the certificates of {ca_file}: {reason}") from error
+
+
 class Connection(http.client.HTTPConnection):
     """A connection that dials by `dial` and lets its owner set the time limit of each step."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, ca_file: str = "") -> None:
         super().__init__(origin.host, origin.port, blocksize=BLOCK_BYTES)
+        self.ca_file = ca_file
         self.origin = origin
         self.used = False
         self.raw: socket.socket | None = None
@@ -103,7 +132,7 @@ class Connection(http.client.HTTPConnection):
             self.open(CONNECT_TIMEOUT_S)
 
     def open(self, timeout_s: float) -> None:
-        self.raw = self.sock = dial(self.origin, timeout_s)
+        self.raw = self.sock = dial(self.origin, timeout_s, self.ca_file)
 
     def limit(self, seconds: float) -> None:
         """Bound the next socket operations, also after http.client gave up `sock` (`Connection: close`)."""

@@ -1,7 +1,6 @@
 """Streams that outlive their connections: an app's log and a deployment's events.
 
-A log is resumed by time: after a break the server is asked for everything from a little before the newest line that
-was seen, and `LogCursor` drops what was already handed on. Events are resumed by `Last-Event-ID`.
+A log is resumed by the numbers of its lines (`LogCursor`), events by `Last-Event-ID`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ PATIENCE_S = 600.0
 """How long a follower keeps trying to reach a server that was there before."""
 _ALL_LINES = 1_000_000_000
 _OVERLAP_S = 5
+_NAMED = 100
+"""Instances whose positions a request tells; the rest is dropped here when it comes again."""
+_REMEMBERED = 2000
 _TRANSIENT = frozenset(
     {"service_unavailable", "bad_gateway", "gateway_timeout", "rate_limited", "internal", "network"}
 )
@@ -37,9 +39,9 @@ _TRANSIENT = frozenset(
 class LogCursor:
     """Remembers which lines were handed on, so that a replay repeats none and skips none.
 
-    Lines of several instances may arrive a little out of order, so a replay overlaps by `_OVERLAP_S` seconds and
-    lines are told apart by instance, time, stream and text, counting equal ones. It relies on `since` including
-    the moment it names.
+    The lines of an instance are numbered (`seq`), so after a break the server is asked for what follows the last
+    number of each. Instances not seen yet are asked for from `_OVERLAP_S` before the newest line: the server sends
+    lines in the order of time, give or take what was just being written.
     """
 
     def __init__(self, *, tail: int | None = None, since: str | None = None) -> None:
@@ -48,16 +50,17 @@ class LogCursor:
         self._first = ""
         self._newest = ""
         self._connected_at = ""
-        self._seen: dict[tuple[str, str, str, str], int] = {}
-        self._replayed: dict[tuple[str, str, str, str], int] = {}
-        self._prune_at = 4096
+        self._seen: dict[str, int] = {}
+        """Instance → number of its last line, the instance that wrote last at the end."""
 
     def query(self) -> dict[str, str | int | None]:
         """What to ask the server for on the next connection; call it once for each."""
-        self._replayed = {}
         if self._newest:
             # never before the first line that was shown: what `tail` left out stays out
-            return {"since": max(self._first, _earlier(self._newest, _OVERLAP_S)), "tail": _ALL_LINES}
+            since = max(self._first, _earlier(self._newest, _OVERLAP_S))
+            known = list(self._seen.items())[-_NAMED:]
+            after = ",".join(f"{instance}:{seq}" for instance, seq in known)
+            return {"since": since, "after": after, "tail": _ALL_LINES}
         if self._connected_at:
             # connected once and saw nothing: what is there now is new, unless the user wanted no old lines at all
             return {"since": self._since or (self._connected_at if self._tail == 0 else None), "tail": _ALL_LINES}
@@ -69,23 +72,18 @@ class LogCursor:
 
     def admit(self, record: LogLine) -> bool:
         """Whether `record` is new; from then on it counts as handed on."""
-        moment = record["time"]
-        key = (moment, record["instance"], record["stream"], record["line"])
-        count = self._replayed[key] = self._replayed.get(key, 0) + 1
-        if count <= self._seen.get(key, 0):
+        instance, seq = record["instance"], record["seq"]
+        last = self._seen.pop(instance, 0)
+        self._seen[instance] = max(seq, last)
+        if seq <= last:
             return False
-        self._seen[key] = count
-        self._first = self._first or moment
-        self._newest = max(self._newest, moment)
-        if len(self._seen) >= self._prune_at:
-            self._prune()
+        moment = record["time"]
+        if moment > self._newest:
+            self._newest = moment
+            self._first = self._first or moment
+        if len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
         return True
-
-    def _prune(self) -> None:
-        oldest = _earlier(self._newest, _OVERLAP_S)
-        self._seen = {key: count for key, count in self._seen.items() if key[0] >= oldest}
-        self._replayed = {key: count for key, count in self._replayed.items() if key[0] >= oldest}
-        self._prune_at = max(4096, 2 * len(self._seen))
 
 
 class _Patience:
@@ -118,16 +116,18 @@ def follow_log(
     tail: int | None = 100,
     since: str | None = None,
     follow: bool = True,
+    process: str | None = None,
     on_state: Callable[[str], None] | None = None,
     silence_s: float = LOG_SILENCE_S,
     patience_s: float = PATIENCE_S,
     pause: Callable[[float], None] = time.sleep,
-) -> Iterator[list[LogLine]]:
-    """Yield the lines of an app as they come, over any number of connections, none twice and none left out.
-
-    An empty list is a sign of life of the server. Ends by itself only when `follow` is false. `tail` None means all.
-    Raises what the first connection raises, and later NetworkError after `patience_s` seconds without the server,
-    or what the server says when it is not transient (the app was deleted, the token revoked).
+) -> Iterator[list[tuple[bytes, LogLine]]]:
+    """Yield the lines of an app as they come, over any number of connections, none twice and none left out: each as
+    the server sent it, and decoded. A line with `skipped` stands for those that were rotated away before they could
+    be sent. An empty list is a sign of life of the server. Ends by itself only when `follow` is false. `tail` None
+    means all, `process` None every process type. Raises what the first connection raises, and later NetworkError
+    after `patience_s` seconds without the server, or what the server says when it is not transient (the app was
+    deleted, the token revoked).
     """
     on_state = _once(on_state)
     cursor = LogCursor(tail=_ALL_LINES if tail is None else tail, since=since)
@@ -136,7 +136,7 @@ def follow_log(
     while True:
         failure: AetherError | None = None
         try:
-            query = {**cursor.query(), "follow": "true" if follow else None}
+            query = {**cursor.query(), "follow": "true" if follow else None, "process": process}
             with transport.stream(f"/apps/{app}/logs", query=query, headers=_ACCEPT_NDJSON) as stream:
                 cursor.connected(_server_time(stream))
                 if connected and on_state is not None:
@@ -145,8 +145,8 @@ def follow_log(
                 splitter = LineSplitter()
                 while data := stream.read(silence_s):
                     patience.reset()
-                    records = _records(splitter.feed(data))
-                    yield [record for record in records if cursor.admit(record)]
+                    lines = [(line, _decoded(line)) for line in splitter.feed(data) if line]
+                    yield [line for line in lines if cursor.admit(line[1])]
             if not follow:
                 return
         except AetherError as error:
@@ -239,10 +239,6 @@ def _is_new(event_id: str, last_id: str) -> bool:
 
 def _left(deadline: float | None, at_most: float) -> float:
     return at_most if deadline is None else max(0.001, min(at_most, deadline - time.monotonic()))
-
-
-def _records(lines: list[bytes]) -> list[LogLine]:
-    return [_decoded(line) for line in lines if line.strip()]
 
 
 def _decoded(text: str | bytes) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 
-from aether.client.session import normal_base, read_session, session_path, write_session
+from aether.client.session import normal_base, read_session, session_path, trusted_ca, write_session
 from aether.model.errors import LocalIOError, NetworkError, Unauthorized
 
 TYPE_CHECKING = False
@@ -52,7 +52,7 @@ def _renewed(environ: Mapping[str, str], base: str, refused: str, on_event: OnEv
     if not session.next_refresh:
         session.next_refresh = "aer_" + urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
         write_session(session, environ)
-    with Api(Transport(normal_base(base), on_event=on_event)) as api:
+    with Api(Transport(normal_base(base), on_event=on_event, ca_file=trusted_ca(environ, session))) as api:
         try:
             answer = api.refresh(session.refresh_token, session.next_refresh)
         except Unauthorized:

@@ -29,7 +29,8 @@ class Session:
     """
 
     __slots__ = (
-        "api_base", "expires_at", "name", "next_refresh", "refresh_expires_at", "refresh_token", "role", "token",
+        "api_base", "ca_file", "expires_at", "name", "next_refresh", "refresh_expires_at", "refresh_token",
+        "role", "token",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +43,7 @@ class Session:
         refresh_token: str = "",
         refresh_expires_at: str = "",
         next_refresh: str = "",
+        ca_file: str = "",
     ) -> None:
         self.api_base = api_base
         self.token = token
@@ -51,18 +53,21 @@ class Session:
         self.refresh_token = refresh_token
         self.refresh_expires_at = refresh_expires_at
         self.next_refresh = next_refresh
+        self.ca_file = ca_file
 
 
 class Endpoint:
-    """The server of a call: its base URL, the token (None: not logged in) and where each came from."""
+    """The server of a call: its base URL, the token (None: not logged in), where each came from, and whose
+    certificates are trusted beside the system's."""
 
-    __slots__ = ("api_base", "base_from", "token", "token_from")
+    __slots__ = ("api_base", "base_from", "ca_file", "token", "token_from")
 
-    def __init__(self, api_base: str, token: str | None, base_from: str, token_from: str) -> None:
+    def __init__(self, api_base: str, token: str | None, base_from: str, token_from: str, ca_file: str = "") -> None:
         self.api_base = api_base
         self.token = token
         self.base_from = base_from
         self.token_from = token_from
+        self.ca_file = ca_file
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> str:
@@ -170,6 +175,11 @@ def normal_base(url: str) -> str:
     raise ConfigError(f"'{url}' is not a server address: write it as http://host:port, https://host or unix:/path")
 
 
+def trusted_ca(environ: Mapping[str, str], session: Session | None) -> str:
+    """Whose certificates are trusted beside the system's: AETHER_CA_FILE, else what the session was opened with."""
+    return environ.get("AETHER_CA_FILE", "").strip() or ("" if session is None else session.ca_file)
+
+
 def api_base(environ: Mapping[str, str] = os.environ, session: Session | None = None) -> tuple[str, str]:
     """The server's base URL and the name of the place it was found in. Raises ConfigError."""
     if value := environ.get("AETHER_API_BASE", "").strip():
@@ -188,10 +198,12 @@ def endpoint(environ: Mapping[str, str] = os.environ) -> Endpoint:
     """The server and token of a call; a session's token is never offered to another server. Raises ConfigError."""
     session = read_session(environ)
     base, base_from = api_base(environ, session)
+    mine = session is not None and normal_base(session.api_base) == base
+    ca_file = trusted_ca(environ, session if mine else None)
     if token := environ.get("AETHER_TOKEN", "").strip():
         if not token.isascii() or not token.isprintable() or " " in token:
             raise ConfigError("AETHER_TOKEN holds characters that no token has")
-        return Endpoint(base, token, base_from, "AETHER_TOKEN")
-    if session is not None and normal_base(session.api_base) == base:
-        return Endpoint(base, session.token, base_from, "session")
-    return Endpoint(base, None, base_from, "none")
+        return Endpoint(base, token, base_from, "AETHER_TOKEN", ca_file)
+    if session is not None and mine:
+        return Endpoint(base, session.token, base_from, "session", ca_file)
+    return Endpoint(base, None, base_from, "none", ca_file)

@@ -3,12 +3,15 @@
 It knows nothing of the API's routes (`api`) and follows no stream over a reconnect (`follow`).
 
     NetworkError          the server was not reached, or the connection broke
+    ├── Unreached         nothing answered, or the connection broke: later the same call may succeed
     └── StreamBroken      a stream ended before its sender ended it; the caller may resume
-    AetherError           what the server's envelope says
+    AetherError           what the server's envelope says; `reason` in its details is an object store's own code
 """
 
 from __future__ import annotations
 
+import binascii
+import contextlib
 import http.client
 import json
 import os
@@ -20,7 +23,8 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 from aether import __version__
 from aether.client.dial import BLOCK_BYTES, CONNECT_TIMEOUT_S, Connection, Origin
-from aether.model.errors import AetherError, NetworkError, Unauthorized, from_wire
+from aether.client.failures import failure, named
+from aether.model.errors import NetworkError, Unauthorized
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class Body(Protocol):
-        """What http.client can send: an object it reads in blocks."""
+        """What http.client can send: an object it reads in blocks, `size` bytes in all."""
+
+        size: int
 
         def read(self, size: int = -1, /) -> bytes: ...
 
@@ -40,18 +46,6 @@ MAX_REDIRECTS = 5
 MAX_REPLY_BYTES = 64 * 1024 * 1024
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_CODES = {
-    400: "bad_request",
-    401: "unauthorized",
-    403: "forbidden",
-    404: "not_found",
-    409: "conflict",
-    413: "payload_too_large",
-    429: "rate_limited",
-    502: "bad_gateway",
-    503: "service_unavailable",
-    504: "gateway_timeout",
-}
 
 
 class StreamBroken(NetworkError):
@@ -111,8 +105,8 @@ class Stream:
 class Transport:
     """One server and one token; keeps one idle connection. Not for use by several threads at once.
 
-    `renew` is asked for another token when the server refuses the one it is given; None from it means that there
-    is none.
+    `ca_file` is trusted beside what the system trusts. `renew` is asked for another token when the server refuses the
+    one it is given; None from it means that there is none.
     """
 
     def __init__(
@@ -123,15 +117,25 @@ class Transport:
         timeout_s: float = 30.0,
         on_event: OnEvent | None = None,
         renew: Callable[[str], str | None] | None = None,
+        ca_file: str = "",
     ) -> None:
         self.base = base
         self.origin = Origin(base)
         self.token = token
+        self.traceparent = ""
+        """Sent with every request: what a command does becomes one trace (W3C Trace Context)."""
         self.timeout_s = timeout_s
         self._prefix = "" if self.origin.path else urlsplit(base).path.rstrip("/")
         self._idle: Connection | None = None
+        self._busy: Connection | None = None
         self._on_event = on_event
         self._renew = renew
+        self._ca_file = ca_file
+
+    @property
+    def ca_file(self) -> str:
+        """Certificates trusted beside those of the system."""
+        return self._ca_file
 
     def close(self) -> None:
         if self._idle is not None:
@@ -151,16 +155,17 @@ class Transport:
         *,
         query: Query | None = None,
         content: object = None,
+        document: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         repeatable: bool | None = None,
         timeout_s: float | None = None,
     ) -> Reply:
-        """Send `content` as JSON and return the answer with status below 300.
+        """Send `content` as JSON, or the JSON text `document`, and return the answer with status below 300.
 
         `timeout_s` bounds the whole call. A call that never reached the server is tried again; one that may have is
         tried again only if `repeatable` (default: GET, HEAD, PUT). Raises NetworkError, or what the envelope says.
         """
-        body = None if content is None else json.dumps(content).encode()
+        body = document if content is None else json.dumps(content).encode()
         fields = dict(headers or {})
         if body is not None:
             fields["Content-Type"] = "application/json"
@@ -185,29 +190,39 @@ class Transport:
                 raise
             return send()
 
-    def put_file(
-        self,
-        url: str,
-        path: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        progress: Callable[[int], None] | None = None,
-        block_timeout_s: float = 300.0,
-    ) -> int:
-        """PUT the file `path` to `url` (absolute, or a path of this server) and return the bytes sent.
+    def sibling(self) -> Transport:
+        """Another connection to the same server, for another thread; it carries no token."""
+        other = Transport(self.base, timeout_s=self.timeout_s, on_event=self._on_event, ca_file=self._ca_file)
+        other.traceparent = self.traceparent
+        return other
 
-        `progress` gets the bytes sent so far of the running attempt. `block_timeout_s` bounds each block of
-        1 MiB and the wait for the answer, not the whole: slow links are allowed. Raises NetworkError,
-        LocalIOError, or what the envelope says.
+    def cut(self) -> None:
+        """From another thread: break off what is being sent or awaited. The call under way raises."""
+        busy = self._busy
+        if busy is not None and busy.raw is not None:
+            with contextlib.suppress(OSError):
+                busy.raw.shutdown(socket.SHUT_RDWR)
+
+    def put(
+        self, url: str, body: Body, *, headers: Mapping[str, str] | None = None, block_timeout_s: float = 300.0
+    ) -> Reply:
+        """PUT `body` to a signed `url` (absolute, or a path of this server), in one attempt.
+
+        `headers` are sent as they are: they may be under the signature. `block_timeout_s` bounds each block of
+        1 MiB and the wait for the answer, not the whole: slow links are allowed. Raises NetworkError, LocalIOError,
+        or what the answer says.
         """
-        from aether.client.upload import FileBody
-
         url = url if "://" in url else self._url(url, None)
-        with FileBody(path, progress) as body:
-            fields = {**(headers or {}), "Content-Length": str(body.size)}
-            fields.setdefault("Content-Type", "application/gzip")
-            self._call("PUT", url, fields, body.rewound, True, None, block_timeout_s)
-            return body.size
+        there = self._origin(url)
+        if self.origin.scheme == "https" and there.scheme != "https" and not there.is_loopback:
+            raise NetworkError(
+                f"{self.origin} would have the artifact sent to {there} without TLS: refused. Its object store needs "
+                "an https address (AETHER_S3_BASE_URL on the server)"
+            )
+        fields = {**(headers or {}), "Content-Length": str(body.size)}
+        if not any(name.lower() == "content-type" for name in fields):
+            fields["Content-Type"] = "application/gzip"
+        return self._call("PUT", url, fields, lambda: body, False, None, block_timeout_s, attempts=1)
 
     def stream(
         self,
@@ -215,16 +230,42 @@ class Transport:
         *,
         query: Query | None = None,
         headers: Mapping[str, str] | None = None,
+        content: object = None,
         timeout_s: float | None = None,
     ) -> Stream:
-        """GET `path` and return the open answer; one attempt, and another one with a renewed token. `timeout_s`
-        bounds the wait for its headers."""
+        """GET `path`, or POST `content` as JSON to it, and return the open answer; one attempt, and another one with
+        a renewed token. `timeout_s` bounds the wait for its headers."""
         try:
-            return self._open(path, query, headers, timeout_s)
+            return self._open(path, query, headers, content, timeout_s)
         except Unauthorized:
             if not self._renewed():
                 raise
-            return self._open(path, query, headers, timeout_s)
+            return self._open(path, query, headers, content, timeout_s)
+
+    def upgrade(self, path: str) -> socket.socket:
+        """GET `path` as a WebSocket; returns the socket, which is the caller's. The server must speak only when it
+        has been spoken to. Raises what `stream` raises."""
+        connection = Connection(self.origin)
+        deadline = time.monotonic() + self.timeout_s
+        fields = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": binascii.b2a_base64(os.urandom(16), newline=False).decode(),
+        }
+        try:
+            connection.open(min(CONNECT_TIMEOUT_S, self.timeout_s))
+            connection.limit(deadline - time.monotonic())
+            url = self._url(path, None)
+            connection.request("GET", _target(url), headers=self._headers(self.origin, fields))
+            response = connection.getresponse()
+            self._note("http", method="GET", url=_shown(url), status=response.status)
+            if response.status != 101 or connection.raw is None:
+                raise failure(self._reply(connection, response, deadline), "GET", self.origin)
+        except BaseException as error:
+            connection.close()
+            raise named(error, connection.origin, self.origin) from error
+        return connection.raw
 
     def _renewed(self) -> bool:
         """Whether there is another token to try."""
@@ -237,22 +278,30 @@ class Transport:
         return True
 
     def _open(
-        self, path: str, query: Query | None, headers: Mapping[str, str] | None, timeout_s: float | None
+        self,
+        path: str,
+        query: Query | None,
+        headers: Mapping[str, str] | None,
+        content: object,
+        timeout_s: float | None,
     ) -> Stream:
-        connection = Connection(self.origin)
+        method, body = ("GET", None) if content is None else ("POST", json.dumps(content).encode())
+        if body is not None:
+            headers = {"Content-Type": "application/json", **(headers or {})}
+        connection = Connection(self.origin, self._ca_file)
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         try:
             connection.open(min(CONNECT_TIMEOUT_S, deadline - time.monotonic()))
             connection.limit(deadline - time.monotonic())
             url = self._url(path, query)
-            connection.request("GET", _target(url), headers=self._headers(self.origin, headers))
+            connection.request(method, _target(url), body=body, headers=self._headers(self.origin, headers))
             response = connection.getresponse()
-            self._note("http", method="GET", url=_shown(url), status=response.status)
+            self._note("http", method=method, url=_shown(url), status=response.status)
             if response.status != 200:
-                raise self._failure(self._reply(connection, response, deadline), "GET")
+                raise failure(self._reply(connection, response, deadline), method, self.origin)
         except BaseException as error:
             connection.close()
-            raise self._named(error, connection.origin) from error
+            raise named(error, connection.origin, self.origin) from error
         return Stream(connection, response)
 
     def _call(
@@ -264,11 +313,12 @@ class Transport:
         repeatable: bool,
         deadline: float | None,
         block_timeout_s: float | None,
+        attempts: int = ATTEMPTS,
     ) -> Reply:
         attempt, redirects = 0, 0
         while True:
             attempt += 1
-            origin = self.origin if self.origin.path else Origin(url)
+            origin = self._origin(url)
             connection: Connection | None = None
             started = time.monotonic()
             try:
@@ -287,10 +337,10 @@ class Transport:
                 pause = _backoff(attempt)
                 if (
                     not again
-                    or attempt >= ATTEMPTS
+                    or attempt >= attempts
                     or (deadline is not None and time.monotonic() + pause >= deadline)
                 ):
-                    raise self._named(error, origin) from error
+                    raise named(error, origin, self.origin) from error
                 time.sleep(pause)
                 continue
             except BaseException:
@@ -303,18 +353,23 @@ class Transport:
             location = reply.headers.get("location")
             if reply.status not in _REDIRECTS or not location:
                 if reply.status >= 300:
-                    raise self._failure(reply, method)
+                    raise failure(reply, method, self.origin)
                 return reply
             redirects += 1
             if redirects > MAX_REDIRECTS:
                 raise NetworkError(f"{origin} redirects without end")
-            target = urljoin(url, location)
+            target = location if self.origin.path and location.startswith("/") else urljoin(url, location)
             if method not in ("GET", "HEAD") and reply.status not in (307, 308):
                 raise NetworkError(f"{origin} answered {method} with a redirect that would turn it into a GET")
-            there = Origin(target)
+            there = self._origin(target)
             if origin.scheme == "https" and there.scheme != "https":
                 raise NetworkError(f"{origin} redirects to {there} without TLS: refused")
             url, attempt = target, 0
+
+    def _origin(self, url: str) -> Origin:
+        """Whom `url` belongs to; behind a socket the server's own have no host."""
+        own = self.origin.path and (url.startswith("unix:") or "://" not in url)
+        return self.origin if own else Origin(url)
 
     def _connected(self, origin: Origin, deadline: float | None) -> Connection:
         idle, self._idle = self._idle, None
@@ -322,7 +377,7 @@ class Transport:
             if idle.origin.same(origin) and idle.is_fresh():
                 return idle
             idle.close()
-        connection = Connection(origin)
+        connection = Connection(origin, self._ca_file)
         left = CONNECT_TIMEOUT_S if deadline is None else min(CONNECT_TIMEOUT_S, deadline - time.monotonic())
         connection.open(max(left, 0.001))
         return connection
@@ -341,6 +396,7 @@ class Transport:
             connection.limit(block_timeout_s or (deadline or 0.0) - time.monotonic())
 
         limit()
+        self._busy = connection
         try:
             connection.request(method, _target(url), body=body, headers=self._headers(connection.origin, headers))
         except (BrokenPipeError, ConnectionResetError) as broken:
@@ -386,57 +442,20 @@ class Transport:
         return Reply(response.status, headers, b"".join(pieces), connection.origin)
 
     def _headers(self, origin: Origin, extra: Mapping[str, str] | None) -> dict[str, str]:
-        headers = {"Host": origin.host_header(), "Accept": "application/json", "User-Agent": f"aether/{__version__}"}
-        if self.token and origin.same(self.origin):
-            headers["Authorization"] = f"Bearer {self.token}"
-        headers.update(extra or {})
-        return headers
+        headers = {"Host": origin.host_header(), "User-Agent": f"aether/{__version__}"}
+        if origin.same(self.origin):
+            headers["Accept"] = "application/json"
+            if self.token:
+                headers["Authorization"] = f"Bearer {self.token}"
+            if self.traceparent:
+                headers["traceparent"] = self.traceparent
+        given = {name.lower() for name in extra or ()}
+        return {**{name: value for name, value in headers.items() if name.lower() not in given}, **(extra or {})}
 
     def _url(self, path: str, query: Query | None) -> str:
         given = {name: value for name, value in (query or {}).items() if value is not None}
         start = "unix://" if self.origin.path else f"{self.origin.scheme}://{self.origin.host_header()}"
         return f"{start}{self._prefix}{path}" + (f"?{urlencode(given)}" if given else "")
-
-    def _failure(self, reply: Reply, method: str) -> AetherError:
-        """The error of an answer with status 300 or above."""
-        envelope: dict[str, Any] = {}
-        if reply.body.lstrip()[:1] == b"{":
-            try:
-                envelope = json.loads(reply.body)
-            except ValueError:
-                envelope = {}
-        if isinstance(envelope.get("code"), str):
-            details: dict[str, Any] = envelope.get("details") or {}
-            if envelope.get("trace_id"):
-                details["trace_id"] = envelope["trace_id"]
-            error = from_wire(reply.status, envelope["code"], str(envelope.get("message", "")), details)
-        else:
-            code = _CODES.get(reply.status, "internal" if reply.status >= 500 else "bad_request")
-            said = http.client.responses.get(reply.status, "no reason given")
-            error = from_wire(reply.status, code, f"{reply.origin} answered {reply.status} ({said}) to {method}")
-        if error.code == "unauthorized":
-            hint = "" if "aether login" in error.message else ": run 'aether login'"
-            error.message = f"{error.message or 'not logged in'} ({reply.origin}){hint}"
-            error.args = (error.message,)
-        return error
-
-    def _named(self, error: BaseException, origin: Origin) -> BaseException:
-        """`error` with a remedy a user can follow; errors that need none stay as they are."""
-        if isinstance(error, ConnectionRefusedError) or (origin.path and isinstance(error, FileNotFoundError)):
-            hint = (
-                "is the server running? Start it with 'aether up'" if origin.is_loopback else "is the server running?"
-            )
-            return NetworkError(f"nothing answers at {origin}: {hint}, or set AETHER_API_BASE")
-        if isinstance(error, TimeoutError):
-            return NetworkError(f"{origin} did not answer in time")
-        if isinstance(error, socket.gaierror):
-            return NetworkError(f"the name of {origin} cannot be resolved: is AETHER_API_BASE right?")
-        if isinstance(error, ssl.SSLError):
-            return NetworkError(f"no TLS connection to {origin}: {error.reason or error}")
-        if isinstance(error, (OSError, http.client.HTTPException)):
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
-            return NetworkError(f"the connection to {origin} failed ({reason}): is the server running?")
-        return error
 
     def _note(self, event: str, **fields: object) -> None:
         if self._on_event is not None:

@@ -14,6 +14,42 @@ class Page(TypedDict, Generic[Item]):
     next_cursor: str | None
 
 
+class Device(TypedDict):
+    user_code: str
+    client: str
+    address: str
+    created_at: str
+    expires_at: str
+    status: str
+    device_code: NotRequired[str]
+
+
+class AuditEntry(TypedDict):
+    id: str
+    time: str
+    actor: str
+    actor_kind: str
+    action: str
+    target: str
+    outcome: str
+    status: int
+    address: str
+    request_id: str
+    trace_id: str
+
+
+class ChoreResult(TypedDict):
+    chore: str
+    deleted: int
+    bytes: int
+    error: str | None
+
+
+class Collected(TypedDict):
+    dry_run: bool
+    items: list[ChoreResult]
+
+
 class ReleaseRef(TypedDict):
     version: int
     digest: str
@@ -26,6 +62,27 @@ class InstanceCount(TypedDict):
     ready: int
 
 
+class CronRun(TypedDict):
+    scheduled_at: str
+    status: Literal["running", "succeeded", "failed", "timed_out", "skipped"]
+    message: str
+    exit_code: int | None
+    started_at: str | None
+    ended_at: str | None
+
+
+class Process(TypedDict):
+    name: str
+    kind: Literal["web", "worker", "cron"]
+    command: str
+    desired: int
+    ready: int
+    schedule: str | None
+    timezone: str | None
+    next_run: str | None
+    last_run: CronRun | None
+
+
 class App(TypedDict):
     id: str
     name: str
@@ -35,6 +92,31 @@ class App(TypedDict):
     status: AppStatus
     release: ReleaseRef | None
     instances: InstanceCount
+    processes: list[Process]
+
+
+class Run(TypedDict):
+    id: str
+    app: str
+    release: int | None
+    deployment_id: str
+    command: str
+    console: str
+    status: str
+    timeout_secs: float
+    created_by: str
+    created_at: str
+    ended_at: str | None
+    exit_code: int | None
+    signal: int | None
+    reason: str | None
+
+
+class Volume(TypedDict):
+    name: str
+    path: str | None
+    used_bytes: int | None
+    in_use: bool
 
 
 class Release(TypedDict):
@@ -57,6 +139,29 @@ class DeploymentError(TypedDict):
     log_tail: list[str]
 
 
+class ProcessType(TypedDict):
+    """What a release has besides web; the other kind's fields are left out."""
+
+    kind: Literal["worker", "cron"]
+    command: str
+    schedule: NotRequired[str]
+    timezone: NotRequired[str]
+    timeout_secs: NotRequired[float]
+    missed: NotRequired[str]
+    settle_secs: NotRequired[float]
+
+
+class ReleaseCommand(TypedDict):
+    command: str
+    timeout_secs: float
+
+
+class RolloutStep(TypedDict):
+    number: int
+    of: int
+    percent: int
+
+
 class Deployment(TypedDict):
     id: str
     app: str
@@ -64,6 +169,8 @@ class Deployment(TypedDict):
     content_digest: str | None
     runtime: str
     command: str
+    processes: dict[str, ProcessType]
+    release_command: ReleaseCommand | None
     status: str
     strategy: str
     longest_secs: float
@@ -78,6 +185,7 @@ class Deployment(TypedDict):
     url: str
     trace_id: str
     error: DeploymentError | None
+    step: RolloutStep | None
 
 
 class DeploymentEvent(TypedDict):
@@ -96,10 +204,18 @@ class Health(TypedDict):
 class Config(TypedDict):
     version: int
     env: dict[str, str]
+    secrets: list[str]
 
 
 class ConfigChange(Config):
+    changed: list[str]
     deployment_id: str | None
+
+
+class VariableChange(TypedDict):
+    name: str
+    change: Literal["added", "removed", "changed"]
+    secret: bool
 
 
 class LogLine(TypedDict):
@@ -110,7 +226,43 @@ class LogLine(TypedDict):
     release: int
     deployment_id: str
     digest: str
+    process: str
     instance: str
+    seq: int
+    partial: NotRequired[bool]
+    skipped: NotRequired[int]
+
+
+class HostProof(TypedDict):
+    txt_name: str
+    url: str
+    value: str
+
+
+class HostCertificate(TypedDict):
+    source: Literal["given", "acme"]
+    issuer: str | None
+    fingerprint: str | None
+    not_before: str | None
+    not_after: str | None
+    problem: str | None
+
+
+class Host(TypedDict):
+    host: str
+    app: str
+    status: Literal["pending", "verified"]
+    verified_by: str | None
+    verified_at: str | None
+    checked_at: str | None
+    problem: str | None
+    proof: HostProof | None
+    redirect_to: str | None
+    allow_http: bool
+    hsts_secs: int
+    certificate: HostCertificate | None
+    created_by: str
+    created_at: str
 
 
 class Login(TypedDict):
@@ -161,6 +313,11 @@ class Identity(TypedDict):
     expires_at: str | None
 
 
+class MultipartRules(TypedDict):
+    threshold_bytes: int
+    part_size_bytes: int
+
+
 class Presigned(TypedDict):
     method: Literal["PUT", "NONE"]
     url: str | None
@@ -168,7 +325,35 @@ class Presigned(TypedDict):
     upload_id: str | None
     storage_key: str
     expires_at: str | None
+    expires_in_secs: NotRequired[int | None]
     duplicate: bool
+    multipart: NotRequired[MultipartRules]
+
+
+class ArrivedPart(TypedDict):
+    part_number: int
+    size_bytes: int
+    etag: str
+
+
+class MultipartBegun(TypedDict):
+    upload_id: str | None
+    storage_key: str
+    part_size_bytes: int
+    part_count: int
+    expires_at: str | None
+    duplicate: bool
+    parts: list[ArrivedPart]
+
+
+class PartUrl(TypedDict):
+    method: str
+    url: str
+    headers: dict[str, str]
+    part_number: int
+    size_bytes: int
+    expires_at: str
+    expires_in_secs: NotRequired[int]
 
 
 class Completed(TypedDict):
@@ -190,3 +375,18 @@ class ArtifactMeta(TypedDict):
     verified: bool
     created_at: str
     storage_key: str
+    signature: NotRequired[str | None]
+    manifest_digest: NotRequired[str | None]
+    sbom_digest: NotRequired[str | None]
+    provenance_digest: NotRequired[str | None]
+
+
+class PublicKey(TypedDict):
+    id: str
+    app_id: str
+    key_id: NotRequired[str]
+    public_key_hex: str
+    active: bool
+    created_at: str
+    created_by: NotRequired[str]
+    deactivated_at: NotRequired[str | None]

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Final, cast
 from aether.edge.body import ChunkedDecoder, ChunkError
 from aether.edge.errors import error_response
 from aether.edge.exchange import Exchange
+from aether.edge.familiar import MAX_FAMILIAR, learn, recall
 from aether.edge.head import HEAD_END, NO_REQUEST, RequestHead, parse_request
-from aether.edge.headers import forwarded_prefix, trace_id, upstream_start
+from aether.edge.headers import forwarded_prefix, upstream_start
 from aether.edge.lines import HeadError, has_stray_control
 
 if TYPE_CHECKING:
     from aether.edge.server import Edge
+    from aether.edge.table import Entrance
 
 _HEAD, _LENGTH, _CHUNKED, _WAIT, _LINGER, _CLOSED = range(6)
 _BODY: Final = (_LENGTH, _CHUNKED)
 _MAX_LINGER_BYTES: Final = 8 * 1024 * 1024
 _HIGH_WATER: Final = 64 * 1024
-_MAX_REMEMBERED: Final = 4096
-"""Bytes of a head that a connection keeps."""
+_STRANGE: Final = 16
+"""After so many heads in a row that are not familiar, a connection asks of one in so many whether it is."""
 
 
 class ClientConnection(asyncio.Protocol):
@@ -42,21 +44,27 @@ class ClientConnection(asyncio.Protocol):
         "_last_head",
         "_left",
         "_lingered",
+        "_max_familiar",
         "_pending",
         "_reading",
         "_seen",
         "_state",
+        "_strange",
         "_stuck_bytes",
+        "address",
         "edge",
+        "entrance",
         "exchange",
         "forwarded",
         "transport",
         "write_paused",
     )
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Edge, entrance: Entrance | None = None) -> None:
         self.edge = edge
+        self.entrance = entrance or edge.table.entrance
         self.transport: asyncio.Transport
+        self.address = b""
         self.forwarded = b""
         self.write_paused = False
         self.exchange = Exchange(self)
@@ -69,6 +77,8 @@ class ClientConnection(asyncio.Protocol):
         self._seen = monotonic()
         self._last = b""
         self._last_head = NO_REQUEST
+        self._max_familiar = min(MAX_FAMILIAR, edge.options.max_head_bytes)
+        self._strange = 0
         self._lingered = 0
         self._stuck_bytes = 0
 
@@ -79,6 +89,7 @@ class ClientConnection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=_HIGH_WATER)
         peer: tuple[str, int] | str | None = transport.get_extra_info("peername")
         address = peer[0].partition("%")[0] if isinstance(peer, tuple) else "127.0.0.1"
+        self.address = address.encode("ascii")
         self.forwarded = forwarded_prefix(address, b"https" if transport.get_extra_info("sslcontext") else b"http")
         if not self.edge.admit(self):
             self._refuse(503, "the edge has too many connections")
@@ -110,7 +121,21 @@ class ClientConnection(asyncio.Protocol):
             self._state = _WAIT
             self.exchange.begin(self._last_head, b"", True, now)
         elif state == _HEAD:
-            self._take_head(self._pending + data if self._pending else data)
+            if self._pending:
+                self._take_head(self._pending + data)
+            elif (
+                (self._strange < _STRANGE or not self._strange % _STRANGE)
+                and len(data) <= self._max_familiar
+                and (head := recall(data, self.forwarded)) is not None
+            ):
+                self._strange = 0
+                self._last = data
+                self._last_head = head
+                self._state = _WAIT
+                self.exchange.begin(head, b"", True, now)
+            else:
+                self._strange += 1
+                self._take_head(data)
         elif state in _BODY:
             self.exchange.seen = self._seen
             self._take_body(data)
@@ -143,7 +168,7 @@ class ClientConnection(asyncio.Protocol):
             rest = data[end + 4 :]
         else:
             rest = b""
-            if head.plain and end <= _MAX_REMEMBERED:
+            if head.plain and len(data) <= self._max_familiar:
                 self._remember(data, head)
         self._pending = b""
         exchange = self.exchange
@@ -179,6 +204,8 @@ class ClientConnection(asyncio.Protocol):
 
         What `begin` gets of it is all there is to know, the same each time; nothing of it is shared with others.
         """
+        if self._strange <= _STRANGE or self._strange % _STRANGE == 1:
+            learn(data, head)
         if not head.start:
             head.start = upstream_start(head, self.forwarded)
         self._last = data
@@ -276,7 +303,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer bytes that are no request, and close."""
         self._pending = b""
-        trace = trace_id(self.edge.traces.new())
+        trace = self.edge.traces.unused()
         errors = self.edge.counters.errors
         errors[status] = errors.get(status, 0) + 1
         self.transport.write(error_response(status, message, trace, trace, close=True))
@@ -289,6 +316,7 @@ class ClientConnection(asyncio.Protocol):
         self._seen = monotonic()
         if unread and self.transport.can_write_eof():
             self._state = _LINGER
+            self._head_since = self._seen  # lingering has an end however much still comes
             self.transport.write_eof()
             self._set_reading(True)
         else:
@@ -340,5 +368,8 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(408, "the request head did not come in time")
             elif now - self._seen > options.idle_timeout_secs:
                 self.transport.abort()
-        elif now - self._seen > options.linger_secs and (self._state == _LINGER or self.write_paused):
+        elif self._state == _LINGER:
+            if now - self._head_since > options.linger_secs:
+                self.transport.abort()
+        elif now - self._seen > options.linger_secs and self.write_paused:
             self.transport.abort()

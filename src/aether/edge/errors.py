@@ -1,10 +1,11 @@
-"""The edge's own answers: error envelopes `{"code", "message", "trace_id"}` as complete HTTP responses; pure."""
+"""The edge's own answers: error envelopes `{"code", "message", "trace_id"}`, redirects and challenges; pure."""
 
 from __future__ import annotations
 
 import json
 from typing import Final
 
+_MOVED: Final = "308 Permanent Redirect"
 _REASONS: Final[dict[int, tuple[str, str]]] = {
     400: ("Bad Request", "bad_request"),
     404: ("Not Found", "not_found"),
@@ -30,15 +31,35 @@ def error_response(
     """A complete answer. `bodyless` for HEAD; `old` for an HTTP/1.0 client that asked to stay connected."""
     reason, code = _REASONS[status]
     body = json.dumps({"code": code, "message": message, "trace_id": trace_id.decode("ascii")}).encode()
-    fields = [
-        f"HTTP/1.1 {status} {reason}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        f"X-Request-Id: {request_id.decode('ascii')}",
-        "Cache-Control: no-store",
-    ]
+    fields = ["Content-Type: application/json", "Cache-Control: no-store"]
     if status == 503:
         fields.append("Retry-After: 1")
+    return own_response(f"{status} {reason}", fields, body, request_id, close=close, bodyless=bodyless, old=old)
+
+
+def redirect_response(
+    location: str, request_id: bytes, *, close: bool, bodyless: bool = False, old: bool = False
+) -> bytes:
+    """Sends the client on to `location`, with the same method and body."""
+    body = f"Moved to {location}\n".encode()
+    fields = [f"Location: {location}", "Content-Type: text/plain; charset=utf-8"]
+    return own_response(_MOVED, fields, body, request_id, close=close, bodyless=bodyless, old=old)
+
+
+def text_response(text: str, request_id: bytes, *, close: bool, bodyless: bool = False, old: bool = False) -> bytes:
+    fields = ["Content-Type: text/plain", "Cache-Control: no-store"]
+    return own_response("200 OK", fields, text.encode(), request_id, close=close, bodyless=bodyless, old=old)
+
+
+def own_response(
+    status: str, own: list[str], body: bytes, request_id: bytes, *, close: bool, bodyless: bool, old: bool
+) -> bytes:
+    fields = [
+        f"HTTP/1.1 {status}",
+        *own,
+        f"Content-Length: {len(body)}",
+        f"X-Request-Id: {request_id.decode('ascii')}",
+    ]
     if close:
         fields.append("Connection: close")
     elif old:

@@ -7,12 +7,13 @@ business of `downstream`, framing the answer that of `upstream`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from aether.edge.body import LAST_CHUNK, encode_chunk
-from aether.edge.errors import error_response
-from aether.edge.head import NO_BODY, NO_REQUEST, RequestHead, ResponseHead
+from aether.edge.errors import error_response, redirect_response, text_response
+from aether.edge.head import HEAD_END, NO_BODY, NO_REQUEST, RequestHead, ResponseHead
 from aether.edge.headers import (
     client_response,
     interim_response,
@@ -24,7 +25,7 @@ from aether.edge.headers import (
 )
 from aether.edge.options import RequestRecord, new_record
 from aether.edge.pool import EdgeBackend
-from aether.edge.table import Route
+from aether.edge.table import Entrance, Route
 from aether.edge.tunnel import Tunnel
 from aether.edge.upstream import UpstreamConnection
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from aether.edge.downstream import ClientConnection
 
 _IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))
-_MAX_REPLAYS: Final = 2
+_MAX_REPLAYS: Final = 1
+"""A request that ends its instance ends at most one more."""
 
 
 class Exchange:
@@ -50,12 +52,13 @@ class Exchange:
         "_route",
         "_started_at",
         "_task",
-        "_trace_id",
+        "_trace",
         "_tunnel",
         "active",
         "answering",
         "bytes_out",
         "client",
+        "ending",
         "head",
         "is_head",
         "pool_secs",
@@ -82,6 +85,8 @@ class Exchange:
         self.pool_size = client.edge.options.pool_size
         self.pool_secs = client.edge.options.pool_idle_secs
         self.head = NO_REQUEST
+        self.ending = HEAD_END
+        """What ends the head of the answer: an empty line, for some hosts with a field before it."""
         self._route: Route | None = None
         self._backend: EdgeBackend | None = None
         self.upstream: UpstreamConnection | None = None
@@ -94,7 +99,7 @@ class Exchange:
         self._keep_alive = True
         self._bytes_in = self.bytes_out = 0
         self._started_at = self.sent_at = self.upstream_secs = 0.0
-        self.request_id = self._trace_id = b""
+        self.request_id = self._trace = b""
         self._answer_length = NO_BODY
 
     # ---- the request
@@ -115,15 +120,19 @@ class Exchange:
         counters.requests += 1
         if head.plain:
             traces = edge.traces
-            self.request_id = self._trace_id = request_id = traces.new_id()
+            self.request_id = self._trace = request_id = traces.new_id()
             data = traced_request(head.start or upstream_start(head, client.forwarded), request_id, traces.tail)
         else:
-            trace = head.traceparent or edge.traces.new()
-            self._trace_id = trace_id(trace)
-            self.request_id = request_id = head.request_id or self._trace_id
+            traces = edge.traces
+            self._trace = trace = traces.continued(head.traceparent) if head.traceparent else traces.new()
+            self.request_id = request_id = head.request_id or trace_id(trace)
+            if head.for_api and _leads_to_api(client.entrance, head.host):
+                head.lines.extend(head.for_api)
             data = upstream_request(upstream_start(head, client.forwarded), request_id, trace)
-        table = edge.table
-        self._route = route = table.found.get(head.host) or table.find(head.host)
+        entrance = client.entrance
+        if entrance.strict:
+            self.ending = entrance.ending(head.host)
+        self._route = route = entrance.found.get(head.host) or entrance.find(head.host)
         if route is None:
             self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
             return
@@ -171,14 +180,15 @@ class Exchange:
         return data + LAST_CHUNK if complete else data
 
     def _attempt(self, route: Route, data: bytes, now: float) -> None:
-        """Send on a pooled connection of the chosen backend, or dial one."""
+        """Send on a pooled connection of the chosen backend, or dial one; dial for a request that is sent again,
+        so that it does not meet another connection that has just ended."""
         backend = route.pick()
         if backend is None:
             self.fail(503, "the app has no running instance; it may be starting")
             return
         backend.in_flight += 1
         self._backend = backend
-        upstream = backend.take(now)
+        upstream = None if self._replays else backend.take(now)
         if self._replay is None:
             while upstream is not None and upstream.gone():
                 upstream.close()
@@ -277,7 +287,7 @@ class Exchange:
         if ended:
             # the connection is back in the pool: a full send buffer must not stop its reading any more
             self.upstream = None
-        client.transport.write(client_response(head, self.request_id, framing) + body)
+        client.transport.write(client_response(head, self.request_id, framing, self.ending) + body)
         if ended:
             self.settle(now)
             client.exchange_done(keep_alive and self.upload_done)
@@ -326,6 +336,7 @@ class Exchange:
         if early := client.take_pending():
             upstream.transport.write(early)
         self._tunnel = Tunnel(client.transport, upstream.transport, self._tunnel_ended)
+        client.edge.tunnelled(client)
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
         self._bytes_in, self.bytes_out = tunnel.bytes_in, tunnel.bytes_out
@@ -364,25 +375,48 @@ class Exchange:
         if self.answering:
             self._cut_off()
             return
+        errors = self.client.edge.counters.errors
+        errors[status] = errors.get(status, 0) + 1
+        ids = self.request_id, trace_id(self._trace)
+        self._reply(
+            status,
+            lambda close, bodyless, old: error_response(
+                status, message, *ids, close=close, bodyless=bodyless, old=old
+            ),
+        )
+
+    def redirect(self, location: str) -> None:
+        """Send the client on; `location` holds nothing that a header cannot."""
+        name = self.request_id
+        self._reply(
+            308,
+            lambda close, bodyless, old: redirect_response(location, name, close=close, bodyless=bodyless, old=old),
+        )
+
+    def say(self, text: str) -> None:
+        """Answer with a short text."""
+        name = self.request_id
+        self._reply(
+            200, lambda close, bodyless, old: text_response(text, name, close=close, bodyless=bodyless, old=old)
+        )
+
+    def reroute(self, route: Route, data: bytes) -> None:
+        """Give the request to another route: the one it was given to has looked at it and passes it on."""
+        self._leave_backend()
+        self.upstream = None
+        self._route = route
+        self._attempt(route, data, monotonic())
+
+    def _reply(self, status: int, response: Callable[[bool, bool, bool], bytes]) -> None:
+        """End the request with an answer of the edge's own."""
         self._drop_upstream()
         client = self.client
         self._keep_alive = (
             self.head.keep_alive and self.upload_done and not client.edge.closing and not self.head.upgrade
         )
         self.status = status
-        errors = client.edge.counters.errors
-        errors[status] = errors.get(status, 0) + 1
-        client.transport.write(
-            error_response(
-                status,
-                message,
-                self.request_id,
-                self._trace_id,
-                close=not self._keep_alive,
-                bodyless=self.is_head,
-                old=not self.head.minor,
-            )
-        )
+        answer = response(not self._keep_alive, self.is_head, not self.head.minor)
+        client.transport.write(answer if self.ending is HEAD_END else answer.replace(HEAD_END, self.ending, 1))
         self._done(monotonic())
 
     def client_gone(self) -> None:
@@ -466,19 +500,31 @@ class Exchange:
         if on_record is not None:
             head = self.head
             route = self._route
-            on_record(
-                new_record(
-                    RequestRecord,
-                    (
-                        None if route is None else route.app,
-                        head.method,
-                        self.status,
-                        now - self._started_at,
-                        self.upstream_secs if self.answering else 0.0,
-                        self._bytes_in,
-                        self.bytes_out if self.answering else 0,
-                        self.request_id,
-                        aborted,
-                    ),
-                )
+            record = new_record(
+                RequestRecord,
+                (
+                    None if route is None else route.app,
+                    head.method,
+                    self.status,
+                    now - self._started_at,
+                    self.upstream_secs if self.answering else 0.0,
+                    self._bytes_in,
+                    self.bytes_out if self.answering else 0,
+                    self.request_id,
+                    aborted,
+                    head.host,
+                    head.target,
+                    self.client.address,
+                    self._trace,
+                    backend,
+                    now,
+                ),
             )
+            on_record(record)
+            if edge.on_access is not None:
+                edge.on_access(record)
+
+
+def _leads_to_api(entrance: Entrance, host: bytes) -> bool:
+    route = entrance.found.get(host) or entrance.find(host)
+    return route is not None and route.app is None

@@ -44,7 +44,7 @@ def relay_whole(upstream: UpstreamConnection, exchange: Exchange, data: bytes) -
     # in the pool its reading must not be stopped any more by a full send buffer, so it is let go before the write
     exchange.upstream = None
     raw = known.raw
-    client.transport.write(_join((known.opening, exchange.request_id, b"\r\n\r\n", data[len(raw) :])))
+    client.transport.write(_join((known.opening, exchange.request_id, exchange.ending, data[len(raw) :])))
     exchange.answering = True
     exchange.status = known.status
     exchange.upstream_secs = now - exchange.sent_at

@@ -16,6 +16,7 @@ from aether.edge.lines import (
     CONNECTION,
     DROP,
     EXPECT,
+    FOR_API,
     HOST,
     HOST_FIELD,
     ID,
@@ -79,6 +80,8 @@ class RequestHead:
     """GET or OPTIONS in HTTP/1.1 without body, ids, Upgrade, Expect or Connection: close: what most requests are."""
     start: bytes = b""
     """What is sent upstream for a plain head that came again, up to the request id; made by `headers`."""
+    for_api: tuple[bytes, ...] = ()
+    """Fields that pass to the API alone."""
 
 
 NO_REQUEST: Final = RequestHead()
@@ -195,6 +198,8 @@ def _take_rare(head: RequestHead, fields: list[Entry]) -> None:
             head.traceparent = value if traces == 1 and _TRACEPARENT.fullmatch(value) else b""
         elif kind == STATE:
             state = state + b"," + value if state else value
+        elif kind == FOR_API:
+            head.for_api = (*head.for_api, value)
     if head.chunked:
         if head.content_length != NO_BODY:
             raise HeadError("both Content-Length and Transfer-Encoding")

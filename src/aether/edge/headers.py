@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import os
+from struct import Struct
 from typing import Final
 
-from aether.edge.head import RequestHead, ResponseHead
+from aether.edge.head import HEAD_END, RequestHead, ResponseHead
 
 _join: Final = b"".join
+_BATCH: Final = 512
+_ids_of: Final = Struct("32s" * _BATCH).unpack
 
 
 class TraceParents:
     """Makes W3C `traceparent` values; draws randomness for many at once, because a system call per request shows."""
 
     __slots__ = ("_ids", "tail")
-
-    _BATCH: Final = 512
-    _DIGITS: Final = 32
 
     def __init__(self) -> None:
         self._ids: list[bytes] = []
@@ -34,16 +34,24 @@ class TraceParents:
         """A whole value with a trace id of its own."""
         return b"00-" + self.new_id() + self.tail
 
+    def continued(self, traceparent: bytes) -> bytes:
+        """What to send on for a client's own value."""
+        return traceparent
+
+    def unused(self) -> bytes:
+        """A trace id for an answer to something that never became a request."""
+        return self.new_id()
+
     def _more(self) -> bytes:
-        digits = os.urandom(self._BATCH * self._DIGITS // 2).hex().encode("ascii")
-        self._ids = [digits[at : at + self._DIGITS] for at in range(0, len(digits), self._DIGITS)]
+        digits = os.urandom(_BATCH * 16).hex().encode("ascii")
+        self._ids = list(_ids_of(digits))
         self.tail = b"-%b-01" % os.urandom(8).hex().encode("ascii")
         return self._ids.pop()
 
 
-def trace_id(traceparent: bytes) -> bytes:
-    """The 32 hex characters of the trace."""
-    return traceparent[3:35]
+def trace_id(trace: bytes) -> bytes:
+    """The 32 hex characters of the trace; `trace` is they, or a whole `traceparent`."""
+    return trace if len(trace) == 32 else trace[3:35]
 
 
 def forwarded_prefix(peer: str, scheme: bytes) -> bytes:
@@ -82,9 +90,9 @@ def traced_request(start: bytes, trace_id: bytes, tail: bytes) -> bytes:
     return _join((start, trace_id, b"\r\ntraceparent: 00-", trace_id, tail, b"\r\n\r\n"))
 
 
-def client_response(head: ResponseHead, request_id: bytes, framing: bytes) -> bytes:
+def client_response(head: ResponseHead, request_id: bytes, framing: bytes, ending: bytes = HEAD_END) -> bytes:
     """The whole response head to send; `framing` holds complete lines (length or coding, Connection)."""
-    return b"%b%bX-Request-Id: %b\r\n\r\n" % (head.start, framing, request_id)
+    return b"%b%bX-Request-Id: %b%b" % (head.start, framing, request_id, ending)
 
 
 def interim_response(head: ResponseHead) -> bytes:

@@ -19,7 +19,7 @@ MAX_KNOWN_BYTES: Final = 256
 
 _MAX_LENGTH_DIGITS: Final = 18
 
-HOST_FIELD, LENGTH, CODING, CONNECTION, UPGRADE, EXPECT, ID, TRACE, STATE, KEEP_ALIVE, DROP = range(11)
+HOST_FIELD, LENGTH, CODING, CONNECTION, UPGRADE, EXPECT, ID, TRACE, STATE, KEEP_ALIVE, FOR_API, DROP = range(12)
 _REQUEST_FIELDS: Final[dict[bytes, int]] = {
     b"host": HOST_FIELD,
     b"content-length": LENGTH,
@@ -38,6 +38,11 @@ _REQUEST_FIELDS: Final[dict[bytes, int]] = {
     b"http2-settings": DROP,
     b"forwarded": DROP,
     b"x-real-ip": DROP,
+    # what a client says of an upload; no app may see them, which could take them for words of the edge
+    b"x-aether-artifact-digest": FOR_API,
+    b"x-aether-signature": FOR_API,
+    b"x-aether-app": FOR_API,
+    b"x-aether-runtime": FOR_API,
 }
 _RESPONSE_FIELDS: Final[dict[bytes, int]] = {
     b"content-length": LENGTH,
@@ -71,7 +76,7 @@ class Twice:
     def __init__(self) -> None:
         self._marks: set[int] = set()
 
-    def seen(self, line: bytes) -> bool:
+    def seen(self, line: bytes | tuple[bytes | None, bytes]) -> bool:
         mark = hash(line)
         if mark in self._marks:
             return True
@@ -87,7 +92,8 @@ Entry = tuple[int, bytes, int]
 class _Lines:
     """Field lines already found valid, by their bytes: most lines of most messages repeat.
 
-    Maps a line to None when it passes unchanged, else to its kind, value and number (of a Content-Length). Bounded;
+    Maps a line to None when it passes unchanged, else to its kind, value (the line of what is for the API alone) and
+    number (of a Content-Length). Bounded;
     forgets all when full. Lines that carry credentials or are long are not kept.
     """
 
@@ -115,7 +121,7 @@ class _Lines:
             value = match[2].rstrip(b" \t")
             if kind == HOST_FIELD and not HOST.fullmatch(value):
                 raise HeadError("the Host field does not name a host")
-            entry = kind, value, _length(value) if kind == LENGTH else 0
+            entry = kind, line if kind == FOR_API else value, _length(value) if kind == LENGTH else 0
         if len(line) <= MAX_KNOWN_BYTES and name not in self._SECRET and self._twice.seen(line):
             if len(self.known) >= MAX_KNOWN:
                 self.known.clear()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from aether.edge.pool import EdgeBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,8 @@ class EdgeOptions:
     """From the first byte of a request head to its end."""
     idle_timeout_secs: float = 75.0
     """A connection between requests, a stalled upload, or a client that reads nothing of a waiting answer."""
+    handshake_timeout_secs: float = 10.0
+    """From the connection to the end of the TLS handshake."""
     connect_timeout_secs: float = 5.0
     upstream_timeout_secs: float = 60.0
     """From the last byte sent upstream to the first byte of the answer."""
@@ -51,10 +56,36 @@ class RequestRecord(NamedTuple):
     request_id: bytes
     aborted: bool
     """The answer began and did not end."""
+    host: bytes = b""
+    target: bytes = b""
+    address: bytes = b""
+    """The client's."""
+    trace: bytes = b""
+    """What was sent upstream: a trace id of the edge's own, or a whole `traceparent`."""
+    backend: EdgeBackend | None = None
+    """Who was asked last."""
+    ended: float = 0.0
+    """Loop time of the end."""
 
 
 _tuple: Final[type[tuple[object, ...]]] = tuple
-_Fields = tuple[str | None, bytes, int, float, float, int, int, bytes, bool]
+_Fields = tuple[
+    str | None,
+    bytes,
+    int,
+    float,
+    float,
+    int,
+    int,
+    bytes,
+    bool,
+    bytes,
+    bytes,
+    bytes,
+    bytes,
+    "EdgeBackend | None",
+    float,
+]
 new_record: Final = cast("Callable[[type[RequestRecord], _Fields], RequestRecord]", _tuple.__new__)
 """`RequestRecord(...)` as its own constructor makes it, without the call of a Python function for every request."""
 
@@ -68,6 +99,9 @@ class EdgeCounters:
     connections: int = 0
     accepted: int = 0
     refused_connections: int = 0
+    handshakes: int = 0
+    """TLS handshakes that came to their end."""
+    handshake_failures: int = 0
     requests: int = 0
     tunnels: int = 0
     dials: int = 0

@@ -18,10 +18,23 @@ Dial = Callable[[], Awaitable[socket.socket]]
 class EdgeBackend:
     """One upstream with its pool; implements `Backend` of the apps' ports. Used from one event loop only."""
 
-    __slots__ = ("_dial", "_emptied", "_idle", "_on_drain", "in_flight", "known", "name", "retired")
+    __slots__ = (
+        "_dial",
+        "_emptied",
+        "_idle",
+        "_on_drain",
+        "deployment_id",
+        "in_flight",
+        "instance_id",
+        "known",
+        "name",
+        "retired",
+    )
 
     def __init__(self, name: str, dial: Dial, on_drain: Callable[[EdgeBackend], None]) -> None:
         self.name = name
+        self.instance_id = self.deployment_id = ""
+        """Of an app's instance: whose it is, for the access log."""
         self.in_flight = 0
         """Requests and tunnels under way, those still dialling included."""
         self.retired = False

@@ -1,5 +1,7 @@
 """The routing table: from a Host to an app's backends or the API, and the choice among backends.
 
+A listener asks through an `Entrance`, which knows whether it is entered over TLS and keeps what it found.
+
 Implements `Router` of the apps' ports. It decides and holds; it neither reads nor writes a byte of traffic.
 """
 
@@ -7,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle
 from pathlib import Path
 
 from aether.apps.ports import Backend, Instance
-from aether.edge.closed import ClosedBackend
+from aether.edge.closed import ChallengeBackend, ClosedBackend, RedirectBackend
+from aether.edge.head import HEAD_END
 from aether.edge.pool import EdgeBackend
+from aether.model.hosts import HostRule
 from aether.model.traffic import Traffic
 
 _CACHE_SIZE = 4096
 _CLIENT_LEFT = 499
+_FEW = 16
+"""The pairs of so many backends are written out: the next one is then at hand."""
 
 
 class Route:
@@ -27,7 +33,7 @@ class Route:
 
     def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
         self.app = app
-        self.closed: ClosedBackend | None = None
+        self.closed: EdgeBackend | None = None
         """Answers while there is no backend and there is not meant to be one."""
         self._turn = 0
         self.backends = backends
@@ -65,9 +71,13 @@ def _pairs(backends: tuple[EdgeBackend, ...]) -> Iterator[tuple[EdgeBackend, Edg
     """All ordered pairs in turn, without end; a lone backend is its own partner, and of none there is no pair."""
     if len(backends) < 2:
         return cycle(zip(backends, backends, strict=True))
-    return chain.from_iterable(
-        zip(backends, backends[shift:] + backends[:shift], strict=True) for shift in cycle(range(1, len(backends)))
-    )
+    if len(backends) <= _FEW:
+        return cycle([(one, two) for shift in range(1, len(backends)) for one, two in _apart(backends, shift)])
+    return chain.from_iterable(_apart(backends, shift) for shift in cycle(range(1, len(backends))))
+
+
+def _apart(backends: tuple[EdgeBackend, ...], shift: int) -> Iterator[tuple[EdgeBackend, EdgeBackend]]:
+    return zip(backends, backends[shift:] + backends[:shift], strict=True)
 
 
 class CountedApp(str):
@@ -121,6 +131,52 @@ class Trial:
         return self.old_route
 
 
+class Entrance:
+    """The table as one kind of listener sees it. `found` are routes by the Host fields that led to them."""
+
+    __slots__ = ("_endings", "_table", "found", "https_port", "port", "secure", "strict")
+
+    def __init__(self, table: RouteTable, *, secure: bool = False, port: int = 0, https_port: int = 0) -> None:
+        self._table = table
+        self.secure = secure
+        self.port = port
+        """The port that clients use, for redirects to another host; 0: the scheme's own."""
+        self.https_port = https_port
+        """Where plain requests are sent on to, at this port; 0: they are served."""
+        self.found: dict[bytes, Route] = {}
+        self.strict = False
+        """Some host wants its clients to come back over HTTPS only; `ending` knows which."""
+        self._endings: dict[bytes, bytes] = {}
+
+    def forget(self) -> None:
+        self.found.clear()
+        self._endings.clear()
+
+    def ending(self, host: bytes) -> bytes:
+        """What ends a response head of this host, for a `strict` entrance."""
+        known = self._endings.get(host)
+        if known is None:
+            rule = self._table.rule(host)
+            known = HEAD_END
+            if rule is not None and rule.hsts_secs:
+                known = b"\r\nStrict-Transport-Security: max-age=%d\r\n\r\n" % rule.hsts_secs
+            if len(self._endings) >= _CACHE_SIZE:
+                self._endings.clear()
+            self._endings[host] = known
+        return known
+
+    def find(self, host: bytes) -> Route | None:
+        """The route for a Host field that `head` has found well-formed; kept in `found` when it stays the same."""
+        return self._table.enter(self, host)
+
+    def origin(self, host: str) -> str:
+        """Scheme, host and port at which clients reach `host`, over TLS if this listener insists on it."""
+        secure = self.secure or self.https_port > 0
+        port = self.port if self.secure or not self.https_port else self.https_port
+        shown = "" if port in (0, 443 if secure else 80) else f":{port}"
+        return f"{'https' if secure else 'http'}://{host}{shown}"
+
+
 class RouteTable:
     """Hosts and routes. `base_domain` is what follows an app's name in its host."""
 
@@ -130,12 +186,45 @@ class RouteTable:
         self._trials: dict[str, Trial] = {}
         self._api: Route | None = None
         self._api_hosts: frozenset[str] = frozenset()
-        self.found: dict[bytes, Route] = {}
-        """Routes by the Host fields that led to them; `find` fills it."""
+        self._rules: Mapping[str, HostRule] = {}
+        self._answers: Mapping[str, Mapping[str, str]] = {}
+        self._entrances: list[Entrance] = []
+        self.entrance = self.enter_by()
+        """Serves what comes, whether over TLS or not."""
+
+    def enter_by(self, *, secure: bool = False, port: int = 0, https_port: int = 0) -> Entrance:
+        """An entrance for further listeners."""
+        made = Entrance(self, secure=secure, port=port, https_port=https_port)
+        self._entrances.append(made)
+        self._forget()
+        return made
+
+    def set_hosts(self, rules: Mapping[str, HostRule]) -> None:
+        """From now on exactly these custom hosts lead to apps."""
+        self._rules = dict(rules)
+        self._forget()
+
+    def set_answers(self, answers: Mapping[str, Mapping[str, str]]) -> None:
+        """From now on these paths of these hosts are answered with these texts."""
+        self._answers = dict(answers)
+        self._forget()
+
+    def rule(self, host: bytes) -> HostRule | None:
+        """What is kept of a custom host."""
+        return self._rules.get(_plain(host.decode("ascii")))
+
+    def _forget(self) -> None:
+        strict = any(rule.hsts_secs for rule in self._rules.values())
+        for entrance in self._entrances:
+            entrance.forget()
+            entrance.strict = entrance.secure and strict
 
     def add(self, app: str, instance: Instance) -> EdgeBackend:
         """Make a backend that gets no requests yet."""
-        return EdgeBackend(f"{app}/{instance.spec.instance_id}", instance.dial, self._withdraw)
+        spec = instance.spec
+        made = EdgeBackend(f"{app}/{spec.instance_id}", instance.dial, self._withdraw)
+        made.instance_id, made.deployment_id = spec.instance_id, spec.deployment_id
+        return made
 
     def route(
         self,
@@ -163,13 +252,18 @@ class RouteTable:
             trial_of = self._trials.get(app)
             if trial_of is None:
                 trial_of = self._trials[app] = Trial(app)
-                self.found.clear()  # the choice between the two is made by `find`
+                self._forget()  # the choice between the two is made by `find`
             trial_of.begin(route, tried, percent)
         elif self._trials.pop(app, None) is not None:
-            self.found.clear()
+            self._forget()
         for backend in before:
             if backend not in chosen and backend not in tried:
                 backend.retire()
+
+    def serves(self, app: str) -> bool:
+        """Whether requests for the app go to any backend."""
+        route = self._apps.get(app)
+        return route is not None and bool(route.backends)
 
     def traffic(self, app: str) -> tuple[Traffic, Traffic]:
         """What the trial and what the other backends have answered since the trial began."""
@@ -177,11 +271,12 @@ class RouteTable:
         return (Traffic(), Traffic()) if trial is None else (trial.new.traffic.copy(), trial.old.traffic.copy())
 
     def drop(self, app: str) -> None:
-        """Forget the app: its host answers 404."""
+        """Forget the app: its hosts answer 404."""
         before = self._of(app)
         route = self._apps.pop(app, None)
         self._trials.pop(app, None)
-        self.found.clear()
+        self._rules = {host: rule for host, rule in self._rules.items() if rule.app != app}
+        self._forget()
         if route is not None:
             route.backends = ()
         for backend in before:
@@ -203,29 +298,52 @@ class RouteTable:
         old = self._api
         self._api_hosts = frozenset(_plain(host) for host in hosts)
         self._api = Route(None, (EdgeBackend("api", dial, self._withdraw),))
-        self.found.clear()
+        self._forget()
         if old is not None:
             for backend in old.backends:
                 backend.retire()
 
     def find(self, host: bytes) -> Route | None:
-        """The route for a Host field that `head` has found well-formed."""
-        route = self.found.get(host)
+        """The route for a Host field, as the plain entrance sees it."""
+        return self.entrance.find(host)
+
+    def enter(self, entrance: Entrance, host: bytes) -> Route | None:
+        """The route for a Host field at one of the entrances."""
+        route = entrance.found.get(host)
         if route is not None:
             return route
         name = _plain(host.decode("ascii"))
-        if name in self._api_hosts:
-            route = self._api
-        elif name.endswith(self._suffix):
-            app = name[: -len(self._suffix)]
-            if self._trials and (trial := self._trials.get(app)) is not None:
-                return trial.choose()  # for each request anew, so it is not kept in `found`
-            route = self._apps.get(app)
-        if route is not None:
-            if len(self.found) >= _CACHE_SIZE:
-                self.found.clear()
-            self.found[host] = route
+        route, keep = self._enter(entrance, name)
+        if self._answers and (answers := self._answers.get(name)) is not None:
+            return _answering(answers, route)
+        if route is not None and keep:
+            if len(entrance.found) >= _CACHE_SIZE:
+                entrance.found.clear()
+            entrance.found[host] = route
         return route
+
+    def _enter(self, entrance: Entrance, name: str) -> tuple[Route | None, bool]:
+        """The route for a plain host name, and whether the next request would get the same."""
+        app, rule = self._app_of(name)
+        if rule is not None and rule.redirect_to is not None:
+            return _redirecting(app, entrance.origin(rule.redirect_to)), True
+        known = app in self._apps if app is not None else name in self._api_hosts
+        if known and entrance.https_port and not (rule is not None and rule.allow_http):
+            return _redirecting(app, entrance.origin(name)), True
+        if app is None:
+            return self._api if known else None, True
+        if self._trials and (trial := self._trials.get(app)) is not None:
+            return trial.choose(), False
+        return self._apps.get(app), True
+
+    def _app_of(self, name: str) -> tuple[str | None, HostRule | None]:
+        """Nobody can take a host from the API or from an app whose name it has, whatever the rules say."""
+        if name in self._api_hosts:
+            return None, None
+        if name.endswith(self._suffix):
+            return name[: -len(self._suffix)], None
+        rule = self._rules.get(name)
+        return (None, None) if rule is None else (rule.app, rule)
 
     def prune(self, now: float) -> None:
         """Close upstream connections that were unused for too long."""
@@ -251,6 +369,18 @@ class RouteTable:
         for route in (*self._apps.values(), *trials):
             if backend in route.backends:
                 route.backends = tuple(b for b in route.backends if b is not backend)
+
+
+def _redirecting(app: str | None, origin: str) -> Route:
+    route = Route(app)
+    route.closed = RedirectBackend(origin)
+    return route
+
+
+def _answering(answers: Mapping[str, str], beyond: Route | None) -> Route:
+    route = Route(None if beyond is None else beyond.app)
+    route.closed = ChallengeBackend(answers, beyond)
+    return route
 
 
 def _own(backends: Sequence[Backend]) -> tuple[EdgeBackend, ...]:

@@ -86,6 +86,10 @@ class _Side(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.finished = True
         self._tunnel.half_closed = True
+        if not self.transport.can_write_eof():
+            # TLS knows no half-close: the end of one direction is that of both, and the transport closes by itself
+            self._other.close()
+            return False
         peer = self._other.get_protocol()
         if isinstance(peer, _Side) and peer.finished:
             # both directions are over: closing flushes what is still to be written

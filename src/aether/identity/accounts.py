@@ -1,4 +1,5 @@
-"""Users and teams: made by admins, owners of apps, never renamed and never deleted (a user can be disabled).
+"""Users and teams: made by admins, owners of apps, never renamed. A user is never deleted but disabled, a team only
+when it owns nothing.
 
 Names of both are one space, held by the database, because an app's owner is written as such a name.
 """
@@ -20,7 +21,7 @@ from aether.model.database import DatabasePort
 from aether.model.errors import BadRequest, Conflict, NotFound
 from aether.model.names import new_id
 from aether.model.times import now_us
-from aether.stores.database.tables import memberships, owners, teams, tokens, users
+from aether.stores.database.tables import applications, memberships, owners, teams, tokens, users
 
 MAX_NAME = 64
 RESERVED = frozenset({"admin", "anonymous", "api-token", DEFAULT_TEAM})
@@ -112,7 +113,9 @@ class Accounts:
         hashed = None if password is None else await self._passwords.hash(password)
         now = now_us()
         async with self._database.write() as tx:
-            found = (await tx.execute(sa.select(users).where(users.c.name == name))).one_or_none()
+            # whoever opens a session or makes a token for the user meanwhile holds or awaits the same lock
+            query = sa.select(users).where(users.c.name == name).with_for_update(key_share=True)
+            found = (await tx.execute(query)).one_or_none()
             if found is None:
                 raise NotFound(f"there is no user '{name}'")
             values: dict[str, Any] = {}
@@ -124,12 +127,14 @@ class Accounts:
                 values["disabled_at"] = (found.disabled_at or now) if disabled else None
             if values:
                 await tx.execute(sa.update(users).where(users.c.id == found.id).values(values))
+            if disabled:
+                # before the sessions: one that is being opened with a token holds that token
+                stored = sa.and_(tokens.c.user_id == found.id, tokens.c.revoked_at.is_(None))
+                await tx.execute(sa.select(tokens.c.id).where(stored).order_by(tokens.c.id).with_for_update())
+                await tx.execute(sa.update(tokens).where(stored).values(revoked_at=now))
             if disabled or hashed is not None:
                 why = "disabled" if disabled else "password"
                 await revoke_sessions(tx, now, why, user_id=found.id)
-            if disabled:
-                stored = sa.and_(tokens.c.user_id == found.id, tokens.c.revoked_at.is_(None))
-                await tx.execute(sa.update(tokens).where(stored).values(revoked_at=now))
         self._forget()
         return await self.user(name)
 
@@ -157,6 +162,15 @@ class Accounts:
         if not caller.role_sees_all and team not in caller.owners:
             raise NotFound(f"there is no team '{team}'")
         return (await self.team(team)).name
+
+    async def owner_to_be(self, caller: Principal, name: str) -> str:
+        """`name` when the caller may give an app to it. Raises NotFound for an unknown owner or a team of others."""
+        if caller.role_sees_all or name in caller.owners:
+            async with self._database.read() as tx:
+                known = await tx.scalar(sa.select(owners.c.name).where(owners.c.name == name)) is not None
+            if known or name == DEFAULT_TEAM:
+                return name
+        raise NotFound(f"there is no user or team '{name}'")
 
     async def create_team(self, name: str) -> Team:
         """Raises BadRequest, Conflict."""
@@ -187,6 +201,21 @@ class Accounts:
             query = query.where(teams.c.name > after)
         async with self._database.read() as tx:
             return await _with_members(tx, (await tx.execute(query)).all())
+
+    async def delete_team(self, name: str) -> None:
+        """Raises NotFound, Conflict while the team owns apps."""
+        async with self._database.write() as tx:
+            # whoever makes an app of the team's or gives one to it meanwhile holds or awaits the same lock
+            await tx.execute(sa.select(owners.c.name).where(owners.c.name == name).with_for_update())
+            if await tx.scalar(sa.select(teams.c.id).where(teams.c.name == name).with_for_update()) is None:
+                raise NotFound(f"there is no team '{name}'")
+            query = sa.select(applications.c.name).where(applications.c.owner == name).order_by(applications.c.name)
+            if owned := list((await tx.execute(query.limit(4))).scalars()):
+                few = ", ".join(owned[:3]) + (", ..." if len(owned) > 3 else "")
+                raise Conflict(f"the team owns apps ({few}): delete them or give them to another owner first")
+            await tx.execute(sa.delete(teams).where(teams.c.name == name))
+            await tx.execute(sa.delete(owners).where(owners.c.name == name))
+        self._forget()
 
     async def add_member(self, team: str, user: str) -> Team:
         """Idempotent. Raises NotFound."""
@@ -241,7 +270,8 @@ def _check_email(email: str | None) -> None:
 
 
 async def _ids(tx: AsyncConnection, team: str, user: str) -> tuple[str, str]:
-    team_id = await tx.scalar(sa.select(teams.c.id).where(teams.c.name == team))
+    """With the team locked: who is in it changes one by one."""
+    team_id = await tx.scalar(sa.select(teams.c.id).where(teams.c.name == team).with_for_update())
     if team_id is None:
         raise NotFound(f"there is no team '{team}'")
     user_id = await tx.scalar(sa.select(users.c.id).where(users.c.name == user))

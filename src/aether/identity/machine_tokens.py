@@ -67,7 +67,8 @@ class MachineTokens:
         now = now_us()
         text = new_token(CI)
         async with self._database.write() as tx:
-            row = (await tx.execute(sa.select(users).where(users.c.name == user))).one_or_none()
+            query = sa.select(users).where(users.c.name == user).with_for_update(read=True)
+            row = (await tx.execute(query)).one_or_none()
             if row is None or row.disabled_at is not None:
                 raise NotFound(f"there is no user '{user}' that could hold a token")
             role = role or min(Role.DEPLOYER, Role.parse(row.role))

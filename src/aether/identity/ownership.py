@@ -33,7 +33,7 @@ class Ownership:
         """Raises NotFound for an app of others; one that does not exist is left to whoever looks for it."""
         if caller.sees_everything:
             return
-        async with self._database.read() as tx:
+        async with self._database.read(brief=True) as tx:
             owner = await tx.scalar(sa.select(applications.c.owner).where(applications.c.name == name))
         if owner is None or not caller.may_touch(name, owner):
             raise NotFound(f"there is no app '{name}'")
@@ -44,7 +44,7 @@ class Ownership:
             return
         query = sa.select(applications.c.name, applications.c.owner)
         query = query.join(deployments, deployments.c.app_id == applications.c.id)
-        async with self._database.read() as tx:
+        async with self._database.read(brief=True) as tx:
             row = (await tx.execute(query.where(deployments.c.id == deployment_id))).one_or_none()
         if row is None or not caller.may_touch(row.name, row.owner):
             raise NotFound(f"there is no deployment '{deployment_id}'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 DEFAULT_TEAM = "default"
@@ -43,6 +43,8 @@ class Principal:
     """The only apps a scoped token may touch; None for no such bound."""
     user_id: str | None = None
     session_id: str | None = None
+    token_hash: str | None = field(default=None, repr=False)
+    """Of the token that the request carried, to ask later whether it still counts."""
 
     @property
     def teams(self) -> frozenset[str]:

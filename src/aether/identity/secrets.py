@@ -10,7 +10,7 @@ import hashlib
 import re
 import secrets
 
-ACCESS, REFRESH, CI, BOOTSTRAP = "aes_", "aer_", "aec_", "aeb_"
+ACCESS, REFRESH, CI, BOOTSTRAP, DEVICE = "aes_", "aer_", "aec_", "aeb_", "aed_"
 _REFRESH = re.compile(REFRESH + r"[A-Za-z0-9_-]{43}")
 
 

@@ -73,8 +73,7 @@ class Sessions:
     async def open_for_user(self, user_id: str, name: str, role: Role) -> Pair:
         """After a password was checked. Raises Unauthorized for a user disabled meanwhile."""
         async with self._database.write() as tx:
-            enabled = sa.and_(users.c.id == user_id, users.c.disabled_at.is_(None))
-            if await tx.scalar(sa.select(users.c.id).where(enabled)) is None:
+            if not await _is_enabled(tx, user_id):
                 raise Unauthorized("the user is disabled")
             return await _open(tx, {"user_id": user_id, "name": name, "role": role.label}, None)
 
@@ -85,8 +84,12 @@ class Sessions:
             if given.session_id is not None:
                 now = now_us()
                 ends = min(now + ACCESS_SECS * 1_000_000, given.expires_at or now)
-                row = (await tx.execute(sa.select(sessions).where(sessions.c.id == given.session_id))).one()
+                live = sa.and_(sessions.c.id == given.session_id, sessions.c.revoked_at.is_(None))
+                row = (await tx.execute(sa.select(sessions).where(live).with_for_update(read=True))).one_or_none()
+                if row is None:
+                    raise Unauthorized("the session of this token has ended")
                 return _pair(row, await _add_access(tx, row, now, ends), ends, None, None)
+            await _hold_credential(tx, credential_hash)
             values: dict[str, Any] = {
                 "user_id": given.user_id,
                 "name": given.name,
@@ -95,6 +98,33 @@ class Sessions:
                 "credential_hash": credential_hash,
             }
             return await _open(tx, values, given.expires_at)
+
+    async def open_like(self, session_id: str | None, credential_hash: str) -> Pair:
+        """A session of its own with the rights of another one, or of a token. Raises Unauthorized when that has ended
+        meanwhile."""
+        if session_id is None:
+            given = await self._credential(credential_hash)
+            if given is None:
+                raise Unauthorized("the token behind this login has ended")
+            return await self.open_for_token(given, credential_hash)
+        async with self._database.write() as tx:
+            live = sa.and_(
+                sessions.c.id == session_id, sessions.c.revoked_at.is_(None), sessions.c.expires_at > now_us()
+            )
+            user_id = await tx.scalar(sa.select(sessions.c.user_id).where(live))
+            enabled = user_id is None or await _is_enabled(tx, user_id)
+            row = (await tx.execute(sa.select(sessions).where(live).with_for_update(read=True))).one_or_none()
+            if row is None or not enabled:
+                raise Unauthorized("the session behind this login has ended")
+            bound = None if row.credential_hash is None else await _end_of(tx, row.credential_hash)
+            kept: dict[str, Any] = {
+                "user_id": row.user_id,
+                "name": row.name,
+                "role": row.role,
+                "apps": row.apps,
+                "credential_hash": row.credential_hash,
+            }
+            return await _open(tx, kept, bound)
 
     async def refresh(self, token: str, following: str | None = None) -> Pair:
         """A new access token and the successor of `token`: `following` when the client has drawn one.
@@ -144,6 +174,7 @@ class Sessions:
 
     async def _rotate(self, tx: AsyncConnection, hashed: str, successor: str) -> Pair | None:
         now = now_us()
+        await _hold_family(tx, hashed)
         query = sa.select(sessions, refresh_tokens.c.successor_hash, users.c.role.label("user_role"))
         query = query.join(refresh_tokens, refresh_tokens.c.session_id == sessions.c.id)
         query = query.outerjoin(users, users.c.id == sessions.c.user_id)
@@ -174,6 +205,32 @@ class Sessions:
         return _pair(row, access, ends, successor, expires_at)
 
 
+async def _is_enabled(tx: AsyncConnection, user_id: str) -> bool:
+    """Whether the user may log in, until the end of the transaction."""
+    enabled = sa.and_(users.c.id == user_id, users.c.disabled_at.is_(None))
+    return await tx.scalar(sa.select(users.c.id).where(enabled).with_for_update(read=True)) is not None
+
+
+async def _hold_credential(tx: AsyncConnection, hashed: str) -> None:
+    """Keep an exchanged token from being revoked until what comes of it is on record. Raises Unauthorized."""
+    query = sa.select(tokens.c.revoked_at).where(tokens.c.token_hash == hashed).with_for_update(read=True)
+    row = (await tx.execute(query)).one_or_none()
+    if row is not None and row.revoked_at is not None:
+        raise Unauthorized("the token was revoked meanwhile")
+
+
+async def _hold_family(tx: AsyncConnection, hashed: str) -> None:
+    """Lock the session of a refresh token, and its user: rotations of one family follow one another."""
+    query = sa.select(sessions.c.id, sessions.c.user_id)
+    query = query.join(refresh_tokens, refresh_tokens.c.session_id == sessions.c.id)
+    row = (await tx.execute(query.where(refresh_tokens.c.token_hash == hashed))).one_or_none()
+    if row is None:
+        return
+    if row.user_id is not None:
+        await tx.execute(sa.select(users.c.id).where(users.c.id == row.user_id).with_for_update(read=True))
+    await tx.execute(sa.select(sessions.c.id).where(sessions.c.id == row.id).with_for_update())
+
+
 async def revoke_sessions(
     tx: AsyncConnection,
     now: int,
@@ -189,6 +246,7 @@ async def revoke_sessions(
     ):  # fmt: skip
         if value is not None:
             live = sa.and_(column == value, sessions.c.revoked_at.is_(None))
+            await tx.execute(sa.select(sessions.c.id).where(live).order_by(sessions.c.id).with_for_update())
             await tx.execute(sa.update(sessions).where(live).values(revoked_at=now, revoked_why=why))
 
 
@@ -262,7 +320,9 @@ async def _end_if_replayed(tx: AsyncConnection, hashed: str) -> str | None:
 
 
 async def _sweep(tx: AsyncConnection, now: int) -> None:
-    """Drop what nobody can use any more; refresh tokens stay as long as their session, to tell replays."""
+    """Drop what nobody can use any more; refresh tokens stay as long as their session, to tell replays. What somebody
+    else is dropping is left to him."""
     ended = sa.and_(tokens.c.kind.in_(("session", "access")), tokens.c.expires_at <= now)
-    await tx.execute(sa.delete(tokens).where(ended))
-    await tx.execute(sa.delete(sessions).where(sessions.c.expires_at <= now))
+    for table, old in ((tokens, ended), (sessions, sessions.c.expires_at <= now)):
+        free = sa.select(table.c.id).where(old).with_for_update(skip_locked=True)
+        await tx.execute(sa.delete(table).where(table.c.id.in_(free)))

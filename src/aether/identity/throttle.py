@@ -54,15 +54,18 @@ class LoginThrottle:
         self._names = Buckets(10, 30.0, clock)
         self._addresses = Buckets(30, 6.0, clock)
 
-    def begin(self, name: str, address: str) -> None:
-        """Count an attempt. Raises RateLimited, and counts nothing, when there were too many."""
-        wait = max(self._names.wait_secs(name), self._addresses.wait_secs(address))
+    def begin(self, name: str | None, address: str) -> None:
+        """Count an attempt; a login with a token has no `name`. Raises RateLimited, and counts nothing, when there
+        were too many."""
+        wait = max(0.0 if name is None else self._names.wait_secs(name), self._addresses.wait_secs(address))
         if wait > 0:
             secs = math.ceil(wait)
             raise RateLimited(f"too many failed logins; try again in {secs} s", {"retry_after_secs": secs})
-        self._names.take(name)
+        if name is not None:
+            self._names.take(name)
         self._addresses.take(address)
 
-    def succeeded(self, name: str, address: str) -> None:
-        self._names.give_back(name)
+    def succeeded(self, name: str | None, address: str) -> None:
+        if name is not None:
+            self._names.give_back(name)
         self._addresses.give_back(address)

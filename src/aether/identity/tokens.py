@@ -7,6 +7,7 @@ role is in `aether.api.authorization`; what a credential acts for is found here.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from aether.identity.accounts import acts_for
 from aether.identity.roles import DEFAULT_TEAM, Principal, Role
@@ -53,6 +55,8 @@ class TokenService:
         self._required = required
         self._cache: dict[str, tuple[Principal, float]] = {}
         self._generation = 0
+        self.changed = asyncio.Event()
+        """Set, and replaced by a fresh one, when something was revoked or changed."""
 
     async def authenticate(self, token: str | None) -> Principal:
         """Raises Unauthorized for a missing, unknown, expired or revoked token."""
@@ -74,6 +78,7 @@ class TokenService:
         generation = self._generation
         static = self._find_static(hashed)
         found = await self._find_stored(hashed) if static is None else await self._with_owners(static)
+        found = found and replace(found, token_hash=hashed)
         # what was read before a revocation must not be remembered after it
         if found is not None and generation == self._generation:
             if len(self._cache) >= _CACHE_ENTRIES:
@@ -85,6 +90,17 @@ class TokenService:
         """Look everything up anew: something was revoked or changed."""
         self._generation += 1
         self._cache.clear()
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def again(self, caller: Principal) -> Principal | None:
+        """The caller of a request that lasts as it would be let in now, None when it would not.
+
+        A session counts as long as it lasts: an access token's own end only says when it must be renewed.
+        """
+        if caller.session_id is not None:
+            return await self._of_session(caller, caller.session_id)
+        return caller if caller.token_hash is None else await self.holder(caller.token_hash)
 
     async def end_old_session(self, token: str) -> None:
         """Revoke a session of the kind without refresh tokens."""
@@ -93,8 +109,9 @@ class TokenService:
             await tx.execute(sa.delete(tokens).where(old))
         self.forget()
 
-    async def ensure_bootstrap(self, file: Path) -> None:
-        """Keep exactly one bootstrap admin token, whose text is in `file` (0600).
+    async def ensure_bootstrap(self, file: Path, place: str | None = None) -> None:
+        """Keep exactly one bootstrap admin token, whose text is in `file` (0600); where servers in several data
+        directories share the database, one for each such `place`.
 
         The file is written first: whoever can write it owns the data directory anyway, and a server killed
         between file and row finishes at the next start.
@@ -105,11 +122,18 @@ class TokenService:
             _write_private(file, token)
         hashed = hash_token(token)
         row = {"id": new_id(), "token_hash": hashed, "name": "admin", "role": "admin", "kind": "bootstrap"}
-        async with self._database.write() as tx:
-            await tx.execute(sa.delete(tokens).where(tokens.c.kind == "bootstrap", tokens.c.token_hash != hashed))
-            known = await tx.scalar(sa.select(tokens.c.id).where(tokens.c.token_hash == hashed))
-            if known is None:
-                await tx.execute(sa.insert(tokens).values(created_at=now_us(), **row))
+        others = sa.and_(tokens.c.kind == "bootstrap", tokens.c.token_hash != hashed)
+        if place is not None:
+            row["created_by"] = place
+            others = sa.and_(others, tokens.c.created_by == place)
+        try:
+            async with self._database.write() as tx:
+                await tx.execute(sa.delete(tokens).where(others))
+                known = await tx.scalar(sa.select(tokens.c.id).where(tokens.c.token_hash == hashed))
+                if known is None:
+                    await tx.execute(sa.insert(tokens).values(created_at=now_us(), **row))
+        except IntegrityError:
+            return  # another server of this file has just written the same
 
     def _find_static(self, hashed: str) -> Principal | None:
         found: Principal | None = None
@@ -125,7 +149,7 @@ class TokenService:
         return entry[0]
 
     async def _with_owners(self, static: Principal) -> Principal | None:
-        async with self._database.read() as tx:
+        async with self._database.read(brief=True) as tx:
             owner, owners, disabled = await acts_for(tx, static.name)
         return None if disabled else replace(static, owner=owner, owners=owners)
 
@@ -137,7 +161,7 @@ class TokenService:
             .outerjoin(sessions, sessions.c.id == tokens.c.session_id)
             .where(tokens.c.token_hash == hashed, tokens.c.revoked_at.is_(None))
         )
-        async with self._database.read() as tx:
+        async with self._database.read(brief=True) as tx:
             row = (await tx.execute(query)).one_or_none()
             if row is None or row.ended_at is not None or row.disabled_at is not None:
                 return None
@@ -156,6 +180,26 @@ class TokenService:
             session_id=row.session_id,
         )
         return None if disabled or _expired(principal) else principal
+
+    async def _of_session(self, caller: Principal, session_id: str) -> Principal | None:
+        query = (
+            sa.select(sessions, users.c.name.label("user"), users.c.role.label("user_role"), users.c.disabled_at)
+            .outerjoin(users, users.c.id == sessions.c.user_id)
+            .where(sessions.c.id == session_id, sessions.c.revoked_at.is_(None), sessions.c.expires_at > now_us())
+        )
+        async with self._database.read() as tx:
+            row = (await tx.execute(query)).one_or_none()
+            if row is None or row.disabled_at is not None:
+                return None
+            owner, owners, disabled = caller.owner, caller.owners, False
+            if row.user is not None:
+                owner, owners, disabled = await acts_for(tx, row.user)
+        if disabled:
+            return None
+        if row.credential_hash is not None and await self.holder(row.credential_hash) is None:
+            return None
+        role = min(Role.parse(row.role), Role.parse(row.user_role)) if row.user_role else Role.parse(row.role)
+        return replace(caller, role=role, owner=owner, owners=owners)
 
 
 def _role(row: Any) -> Role:

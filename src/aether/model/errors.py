@@ -7,15 +7,23 @@
     │   └── DigestMismatch    digest_mismatch        400
     ├── Unauthorized          unauthorized           401
     ├── Forbidden             forbidden              403
-    │   └── QuotaExceeded     quota_exceeded         403
+    │   ├── QuotaExceeded     quota_exceeded         403
+    │   ├── SignatureRequired signature_required     403
+    │   ├── SbomRequired      sbom_required          403
+    │   └── ProvenanceRequired provenance_required   403
     ├── NotFound              not_found              404
+    │   ├── ArtifactGone      artifact_gone          410
+    │   └── LeaseGone         lease_gone             404
     ├── Conflict              conflict               409
-    │   └── IdempotencyConflict idempotency_conflict 409
+    │   ├── IdempotencyConflict idempotency_conflict 409
+    │   ├── Compacted         compacted              409
+    │   └── DeliveryLost      delivery_lost          409
     ├── PayloadTooLarge       payload_too_large      413
     ├── RateLimited           rate_limited           429
     ├── Internal              internal               500
     ├── BadGateway            bad_gateway            502
     ├── ServiceUnavailable    service_unavailable    503
+    │   └── QueueFull         queue_full             503
     ├── GatewayTimeout        gateway_timeout        504
     └── ClientError           (never crosses the wire; the CLI turns it into an exit code)
         ├── UsageError        usage             exit 2
@@ -75,8 +83,36 @@ class QuotaExceeded(Forbidden):
     code = "quota_exceeded"
 
 
+class SignatureRequired(Forbidden):
+    """The server runs artifacts only that a key of their app has signed."""
+
+    code = "signature_required"
+
+
+class SbomRequired(Forbidden):
+    code = "sbom_required"
+
+
+class ProvenanceRequired(Forbidden):
+    """The server runs artifacts only with provenance that a key of their app has signed."""
+
+    code = "provenance_required"
+
+
 class NotFound(AetherError):
     code, status, exit_code = "not_found", 404, 2
+
+
+class ArtifactGone(NotFound):
+    """The artifact of a release was taken away after a time."""
+
+    code, status = "artifact_gone", 410
+
+
+class LeaseGone(NotFound):
+    """The lease of the key-value store has expired or was revoked, and its keys are deleted."""
+
+    code = "lease_gone"
 
 
 class Conflict(AetherError):
@@ -85,6 +121,22 @@ class Conflict(AetherError):
 
 class IdempotencyConflict(Conflict):
     code = "idempotency_conflict"
+
+
+class Compacted(Conflict):
+    """History before `revision` is no longer kept: list anew, and watch from there."""
+
+    code = "compacted"
+
+    def __init__(self, message: str, details: "Mapping[str, Any] | None" = None, *, revision: int = 0) -> None:
+        super().__init__(message, details)
+        self.revision = revision
+
+
+class DeliveryLost(Conflict):
+    """The message was given to another consumer, or is done with: leave its work alone."""
+
+    code = "delivery_lost"
 
 
 class PayloadTooLarge(AetherError):
@@ -105,6 +157,10 @@ class BadGateway(AetherError):
 
 class ServiceUnavailable(AetherError):
     code, status, exit_code = "service_unavailable", 503, 40
+
+
+class QueueFull(ServiceUnavailable):
+    code = "queue_full"
 
 
 class GatewayTimeout(AetherError):
@@ -152,6 +208,8 @@ def from_wire(status: int, code: str, message: str, details: "Mapping[str, Any] 
     kind = _index(AetherError).get(code)
     if kind is None or issubclass(kind, ClientError):
         error = AetherError(message, details)
-        error.code, error.status = code, status
-        return error
-    return kind(message, details)
+        error.code = code
+    else:
+        error = kind(message, details)
+    error.status = status
+    return error

@@ -57,7 +57,8 @@ def configure(level: str = "info", log_format: str = "auto", stream: TextIO | No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(LEVELS[level])
-    for noisy in ("aiosqlite", "asyncio", "uvicorn", "websockets", "alembic"):
+    # those of S3 would even tell what signs a request
+    for noisy in ("aiosqlite", "asyncio", "uvicorn", "websockets", "alembic", "aiobotocore", "botocore"):
         logging.getLogger(noisy).setLevel(max(LEVELS[level], logging.WARNING))
     # The API's own layer logs every failure, with ids; uvicorn would tell each a second time without.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -72,7 +73,8 @@ def logger(name: str) -> structlog.stdlib.BoundLogger:
 def _ids(_logger: Any, _method: str, event: _Event) -> _Event:
     if (request := tracing.request_id.get()) is not None:
         event.setdefault("request_id", request)
-        event.setdefault("trace_id", tracing.trace_id.get())
+    if (trace := tracing.trace_id.get()) is not None:
+        event.setdefault("trace_id", trace)
     return event
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE = "text/plain; version=0.0.4"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PART_BYTES = tuple(float(mib << 20) for mib in (1, 4, 8, 16, 32, 64, 128, 512))
 _PARTS = (1, 2, 5, 10, 50, 100, 500, 1000, 5000, 10_000)
@@ -43,6 +43,9 @@ class Metrics:
             "artifact_multipart_complete_failures_total", "Multipart uploads that failed to complete."
         )
         self.quota_exceeded = counter("artifact_quota_exceeded_total", "Uploads refused by a quota.")
+        self.retention_runs = counter("retention_runs_total", "Rounds of taking away what nobody needs.")
+        self.retention_deleted = counter("retention_deleted_total", "Things taken away, by chore.", ("chore",))
+        self.retention_bytes = counter("retention_freed_bytes_total", "Bytes given back, by chore.", ("chore",))
         self.uploads_in_progress = Gauge(
             "artifact_uploads_in_progress", "Uploads that are being received.", registry=self.registry
         )

@@ -1,179 +1,75 @@
-"""The registry: presign, complete, and reading what is stored.
+"""The registry as a server has it: its parts put together, and what is stored looked at, pinned and deleted.
 
-The two phases and what a kill -9 leaves behind:
-
-    presign    a row `pending`, a signed URL for pending/<upload>
-    PUT        pending/<upload> (the store's business; replaceable until it is claimed)
-    complete   1 row `completing`      the recorded intent
-               2 claim                 no URL reaches the bytes any more
-               3 hash every byte       a mismatch deletes the object and fails the upload
-               4 move                  artifacts/<app>/<digest>/app.tar.gz, flushed to the disk
-               5 one transaction       artifact row + row `completed`
-
-Killed after any step, the upload is `completing` and its bytes are at exactly one of the three keys; a
-repeated complete or `recover` goes on from there. Answering means that step 5 is committed. Collecting what
-nobody completed is left to `aether.registry.collector`.
+How something comes to be stored is in `uploads`, `multipart` and `completing`; what nobody needs any more is the
+`sweeper`'s and the `collector`'s.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
 
+from aether.leases import Leases
 from aether.model.database import DatabasePort
-from aether.model.errors import (
-    AetherError,
-    BadRequest,
-    Conflict,
-    DigestMismatch,
-    IdempotencyConflict,
-    MissingDigest,
-    NotFound,
-    PayloadTooLarge,
-)
-from aether.model.names import check_digest, new_id
+from aether.model.errors import BadRequest
 from aether.model.objects import SignedRequest
 from aether.model.times import now_us
-from aether.observability.logging import logger
 from aether.observability.metrics import Metrics
-from aether.registry import records
-from aether.registry.locks import KeyedLocks
-from aether.registry.ports import ObjectStore
-from aether.registry.records import Artifact, Upload
+from aether.registry import events, records
+from aether.registry.attestation_keys import AttestationKeys
+from aether.registry.checks import check_artifact_digest
+from aether.registry.documents import Documents
+from aether.registry.events import Event, What
+from aether.registry.legacy import Legacy
+from aether.registry.locks import ArtifactLocks, Hold
+from aether.registry.multipart import Multipart
+from aether.registry.ports import ObjectStore, Sealer
+from aether.registry.provenance import Provenances
+from aether.registry.public_keys import PublicKeys
+from aether.registry.records import Artifact, Filter
+from aether.registry.tools import Tools
+from aether.registry.uploads import Uploads
 from aether.settings import Settings
 
-_MAX_RUNTIME = 64
-_MAX_IDEMPOTENCY_KEY = 200
-_log = logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Presigned:
-    """`request` is None for a duplicate: there is nothing to upload."""
-
-    storage_key: str
-    upload_id: str | None
-    request: SignedRequest | None
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """A verified artifact; `duplicate` when another upload had brought it before."""
-
-    artifact: Artifact
-    duplicate: bool
+_HEX = frozenset("0123456789abcdef")
 
 
 class Registry:
-    """Artifacts of apps. Every digest is lower-case hex SHA-256 of the `.tar.gz`."""
+    """Artifacts of apps. `leases` are needed where other servers share the database and the store."""
 
-    def __init__(self, database: DatabasePort, objects: ObjectStore, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        database: DatabasePort,
+        objects: ObjectStore,
+        settings: Settings,
+        metrics: Metrics,
+        sealer: Sealer,
+        leases: Leases | None = None,
+    ) -> None:
+        self.tools = Tools(database, objects, settings, metrics, ArtifactLocks(leases))
         self._database = database
         self._objects = objects
         self._settings = settings
         self._metrics = metrics
-        self._completing = KeyedLocks()
+        self.uploads = Uploads(self.tools)
+        self.multipart = Multipart(self.tools, self.uploads)
+        self.legacy = Legacy(self.tools, self.uploads)
+        self.public_keys = PublicKeys(database)
+        self.documents = Documents(self.tools)
+        self.attestation_keys = AttestationKeys(database, sealer)
+        self.provenances = Provenances(database, self.documents, self.public_keys, self.attestation_keys)
 
-    async def presign(
-        self,
-        app: str,
-        digest: str,
-        size_bytes: int,
-        *,
-        content_digest: str | None = None,
-        runtime: str | None = None,
-        created_by: str,
-    ) -> Presigned:
-        """Begin an upload, or find that this app already has the artifact.
-
-        Raises MissingDigest, InvalidDigest, BadRequest, PayloadTooLarge, NotFound for an unknown app.
-        """
-        self._metrics.presign_requests.inc()
-        try:
-            self._check_announced(digest, size_bytes, content_digest, runtime)
-            async with self._database.read() as tx:
-                app_id = await records.app_id(tx, app)
-                known = await records.stored(tx, app_id, digest)
-            if known is not None and await self._is_there(known):
-                self._metrics.events.labels("duplicate").inc()
-                return Presigned(known.storage_key, None, None)
-            now = now_us()
-            keep_secs = max(self._settings.pending_ttl_secs, self._settings.presign_expire_secs)
-            upload = Upload(
-                id=new_id(),
-                app_id=app_id,
-                app=app,
-                digest=digest,
-                content_digest=content_digest,
-                runtime=runtime,
-                size_bytes=size_bytes,
-                status="pending",
-                created_by=created_by,
-                created_at=now,
-                expires_at=now + keep_secs * 1_000_000,
-            )
-            request = self._objects.sign_put(upload.pending_key, size_bytes, self._settings.presign_expire_secs)
-            await self._add_upload(upload)
-        except AetherError:
-            self._metrics.presign_failures.inc()
-            raise
-        self._metrics.events.labels("presigned").inc()
-        return Presigned(records.storage_key(app, digest), upload.id, request)
-
-    async def complete(
-        self,
-        app: str,
-        digest: str,
-        upload_id: str,
-        size_bytes: int,
-        *,
-        content_digest: str | None = None,
-        runtime: str | None = None,
-        idempotency_key: str | None = None,
-    ) -> Completed:
-        """Verify an upload and make it an artifact; repeating it gives the same answer. `content_digest` and
-        `runtime` count where presign was not told them.
-
-        Raises NotFound (app, upload), BadRequest (another digest or size than presigned, nothing uploaded),
-        DigestMismatch (the bytes are deleted), IdempotencyConflict, Conflict (failed or expired upload).
-        """
-        began = time.perf_counter()
-        try:
-            _check_digest(digest)
-            _check_described(content_digest, runtime)
-            if idempotency_key is not None and not 1 <= len(idempotency_key) <= _MAX_IDEMPOTENCY_KEY:
-                raise BadRequest(f"an idempotency key has 1 to {_MAX_IDEMPOTENCY_KEY} characters")
-            async with self._database.read() as tx:
-                app_id = await records.app_id(tx, app)
-                found = await records.upload(tx, upload_id)
-            if found is None or found.app_id != app_id:
-                raise NotFound(f"there is no upload '{upload_id}' for app '{app}'; presign one")
-            if found.digest != digest or found.size_bytes != size_bytes:
-                raise BadRequest("the upload was presigned for another digest or size")
-            if content_digest is not None or runtime is not None:
-                async with self._database.write() as tx:
-                    await records.describe(tx, upload_id, content_digest, runtime)
-            # One at a time per digest: whoever comes second finds the artifact and touches nothing.
-            async with self._completing.hold((app_id, digest)):
-                done = await self._complete(found.id, idempotency_key)
-        except AetherError:
-            self._metrics.complete_failures.inc()
-            raise
-        self._metrics.complete_seconds.observe(time.perf_counter() - began)
-        return done
+    # --- looking
 
     async def find(self, digest: str, app: str | None = None, only: sa.ColumnElement[bool] | None = None) -> Artifact:
         """The newest stored artifact with this digest, of apps for which `only` (a condition on `applications`)
         holds. Raises NotFound, InvalidDigest."""
-        _check_digest(digest)
+        check_artifact_digest(digest)
         async with self._database.read() as tx:
-            found = await records.newest(tx, digest, app, only)
-        if found is None:
-            raise NotFound("there is no artifact with this digest")
-        return found
+            return await records.find(tx, digest, app, only)
 
     async def download(
         self, digest: str, app: str | None = None, only: sa.ColumnElement[bool] | None = None
@@ -182,192 +78,93 @@ class Registry:
         found = await self.find(digest, app, only)
         name = f"{found.app}-{digest[:12]}.tar.gz"
         self._metrics.events.labels("download").inc()
-        return self._objects.sign_get(found.storage_key, self._settings.presign_expire_secs, name)
+        return await self._objects.sign_get(found.storage_key, self._settings.presign_expire_secs, name)
 
     async def list(
-        self,
-        app: str | None,
-        limit: int,
-        after: tuple[int, str] | None,
-        only: sa.ColumnElement[bool] | None = None,
-    ) -> list[Artifact]:
-        """Up to `limit` artifacts, newest first; `only` is a condition on `applications`. Raises NotFound for an
-        unknown app."""
+        self, app: str | None, wanted: Filter, limit: int, after: tuple[int, str] | None
+    ) -> Sequence[Artifact]:
+        """Up to `limit` artifacts, newest first. Raises NotFound for an unknown app, BadRequest for a digest prefix
+        that is none."""
+        if not _HEX.issuperset(wanted.digest_prefix) or len(wanted.digest_prefix) > 64:
+            raise BadRequest("a digest begins with up to 64 lower-case hex characters")
         async with self._database.read() as tx:
             if app is not None:
-                await records.app_id(tx, app)
-            return await records.listed(tx, app, limit, after, only)
+                wanted = replace(wanted, app_id=await records.app_id(tx, app))
+            return await records.listed(tx, wanted, limit, after)
 
-    async def drop_app(self, app: str) -> None:
-        """Delete the objects of an app whose rows are gone. Idempotent."""
-        keys = [key async for key, _, _ in self._objects.list(f"artifacts/{app}/")]
-        for key in keys:
-            await self._objects.delete(key)
-        await self.count()
-
-    async def recover(self) -> int:
-        """Finish what a killed server left `completing`; returns how many became artifacts.
-
-        An upload that cannot be finished is failed or put back; only an outage leaves it for the next start.
-        """
+    async def events(
+        self, digest: str, app: str | None, before: int | None, limit: int, only: sa.ColumnElement[bool] | None = None
+    ) -> Sequence[Event]:
+        """What happened to artifacts with this digest, newest first. Raises InvalidDigest."""
+        check_artifact_digest(digest)
         async with self._database.read() as tx:
-            interrupted = await records.uploads_in(tx, "completing")
-        finished = 0
-        for found in interrupted:
-            try:
-                async with self._completing.hold((found.app_id, found.digest)):
-                    await self._complete(found.id, None)
-                finished += 1
-            except AetherError as error:
-                _log.warning("an interrupted upload was not finished", upload_id=found.id, error=error.message)
-        await self.count()
-        return finished
+            return await events.listed(tx, digest, app, before, limit, only)
 
     async def count(self) -> None:
         """Bring the gauge of stored artifacts up to date."""
         async with self._database.read() as tx:
             self._metrics.artifacts.set(await records.count(tx))
 
-    # --- steps of complete, under the lock of (app, digest)
+    # --- changing
 
-    async def _complete(self, upload_id: str, key: str | None) -> Completed:
+    async def pin(
+        self, digest: str, app: str | None, *, pinned: bool, actor: str, only: sa.ColumnElement[bool] | None = None
+    ) -> Artifact:
+        """Keep an artifact whatever its age, or no longer. Idempotent. Raises NotFound, InvalidDigest, BadRequest."""
+        check_artifact_digest(digest)
+        event = What.PINNED if pinned else What.UNPINNED
         async with self._database.write() as tx:
-            upload = await records.upload(tx, upload_id)
-            if upload is None:
-                raise NotFound("the upload is gone; presign again")
-            if key is not None:
-                used = await records.by_idempotency_key(tx, upload.app_id, key)
-                if used is not None and used.digest != upload.digest:
-                    raise IdempotencyConflict("this idempotency key was used for another artifact")
-            known = await records.stored(tx, upload.app_id, upload.digest)
-            if known is None and upload.status == "completed":
-                raise Conflict("the artifact of this upload was deleted; presign again")
-            if upload.status == "failed":
-                raise Conflict("this upload failed or expired; presign again")
-            if known is None and upload.status == "pending" and upload.expires_at <= now_us():
-                raise Conflict("this upload has expired; presign again")
-            if upload.status == "pending":
-                await records.set_status(tx, upload.id, "completing", only_from=("pending",))
-        if known is not None and await self._is_there(known):
-            return await self._link(upload, known, key)
-        source = await self._claim(upload)
-        await self._verify(upload, source)
-        target = records.storage_key(upload.app, upload.digest)
-        if source != target:
-            await self._objects.move(source, target)
-        return await self._record(upload, key)
+            named = await records.only_one(tx, digest, app, only)
+            found = await records.stored(tx, named.app_id, digest, lock=True) or named
+            changed = found.pinned != pinned
+            if changed:
+                await records.set_values(tx, found.id, pinned=pinned)
+                await events.add(tx, events.row(found.app_id, digest, event, actor, artifact_id=found.id))
+        if changed:
+            self.tools.tell(event)
+        return replace(found, pinned=pinned)
 
-    async def _link(self, upload: Upload, known: Artifact, key: str | None) -> Completed:
-        """The artifact is stored: nothing of this upload is needed."""
-        async with self._database.write() as tx:
-            await records.set_status(tx, upload.id, "completed", only_from=("pending", "completing"))
-            await records.remember_key(tx, known, key)
-        if known.upload_id != upload.id:
-            await self._discard(upload)
-            self._metrics.events.labels("duplicate").inc()
-        return Completed(known, duplicate=known.upload_id != upload.id)
+    async def drop_app(self, app: str) -> None:
+        """Delete the objects of an app whose rows are gone. Idempotent."""
+        await self._delete_all(f"artifacts/{app}/")
+        await self.count()
 
-    async def _claim(self, upload: Upload) -> str:
-        """The key at which the bytes to verify are, whatever step an earlier attempt reached."""
-        try:
-            return await self._objects.claim(upload.pending_key)
-        except NotFound:
-            pass
-        target = records.storage_key(upload.app, upload.digest)
-        try:
-            await self._objects.size(target)
-        except NotFound:
-            async with self._database.write() as tx:
-                await records.set_status(tx, upload.id, "pending", only_from=("completing",))
-            raise BadRequest("nothing was uploaded yet: PUT the artifact to its URL, then complete") from None
-        return target
+    def alone_with(self, app_id: str, digest: str) -> AbstractAsyncContextManager[Hold]:
+        """While it is held nobody, here or on another server, completes an upload of this artifact."""
+        return self.tools.locks.alone_with(app_id, digest)
 
-    async def _verify(self, upload: Upload, source: str) -> None:
-        digest, size = await self._objects.sha256(source)
-        if digest == upload.digest and size == upload.size_bytes:
-            return
-        async with self._database.write() as tx:
-            await records.set_status(tx, upload.id, "failed", only_from=("completing",))
-        await self._objects.delete(source)
-        self._metrics.digest_mismatch.inc()
-        self._metrics.events.labels("rejected").inc()
-        raise DigestMismatch(
-            "the uploaded bytes are not the announced artifact; they were deleted",
-            {"expected": upload.digest, "actual": digest, "size_bytes": size},
-        )
-
-    async def _record(self, upload: Upload, key: str | None) -> Completed:
-        try:
-            async with self._database.write() as tx:
-                added = await records.add_artifact(tx, upload, key, now_us())
-                await records.set_status(tx, upload.id, "completed", only_from=("completing", "pending"))
-                stored = await records.stored(tx, upload.app_id, upload.digest)
-        except IntegrityError:
-            return await self._record_failed(upload, key)
-        if stored is None:
-            raise NotFound("the app was deleted meanwhile")
-        if added:
-            self._metrics.upload_bytes.inc(upload.size_bytes)
-            self._metrics.upload_seconds.observe((now_us() - upload.created_at) / 1_000_000)
-            self._metrics.events.labels("completed").inc()
-            self._metrics.artifacts.inc()
-        return Completed(stored, duplicate=stored.upload_id != upload.id)
-
-    async def _record_failed(self, upload: Upload, key: str | None) -> Completed:
-        """A rule of the database was in the way: the app was deleted meanwhile, or the key was used."""
+    async def purge(self, artifact_id: str) -> bool:
+        """Delete the bytes and documents of an artifact that is deleted; False when it is needed again. Killed in the
+        middle it leaves objects that no row knows."""
         async with self._database.read() as tx:
-            used = None if key is None else await records.by_idempotency_key(tx, upload.app_id, key)
-            still = await records.upload(tx, upload.id)
-        if still is None:
-            await self._objects.delete(records.storage_key(upload.app, upload.digest))
-            raise NotFound(f"there is no app '{upload.app}'")
-        if used is not None:
-            raise IdempotencyConflict("this idempotency key was used for another artifact")
-        raise Conflict("the artifact was completed by somebody else at the same moment; try again")
-
-    # --- small things
-
-    async def _is_there(self, artifact: Artifact) -> bool:
-        """A row alone proves nothing after somebody lost a disk."""
-        try:
-            return await self._objects.size(artifact.storage_key) == artifact.size_bytes
-        except NotFound:
+            found = await records.by_id(tx, artifact_id)
+        if found is None:
             return False
-
-    async def _discard(self, upload: Upload) -> None:
-        try:
-            await self._objects.delete(await self._objects.claim(upload.pending_key))
-        except NotFound:
-            return
-
-    async def _add_upload(self, upload: Upload) -> None:
-        try:
+        async with self.alone_with(found.app_id, found.digest) as hold:
             async with self._database.write() as tx:
-                await records.add_upload(tx, upload)
-        except IntegrityError:
-            raise NotFound(f"there is no app '{upload.app}'") from None
+                await hold.confirm(tx)
+                if not await records.purge(tx, artifact_id, now_us()):
+                    return False
+                row = events.row(found.app_id, found.digest, What.DELETED, events.SERVER, artifact_id=found.id)
+                await events.add(tx, row)
+            await self._delete_all(found.storage_key.rpartition("/")[0] + "/", hold)
+        self.tools.tell(What.DELETED)
+        return True
 
-    def _check_announced(self, digest: str, size: int, content_digest: str | None, runtime: str | None) -> None:
-        _check_digest(digest)
-        _check_described(content_digest, runtime)
-        if size <= 0:
-            raise BadRequest("size_bytes must be more than zero")
-        limit = self._settings.max_artifact_size_bytes
-        if limit and size > limit:
-            self._metrics.size_exceeded.inc()
-            raise PayloadTooLarge(
-                f"the artifact has {size} bytes; this server takes up to {limit} (AETHER_MAX_ARTIFACT_SIZE_BYTES)"
-            )
+    async def open(self) -> int:
+        """What a start does before the API serves: finish what a killed server left, count, and have a key to sign
+        provenance with. Returns how many uploads became artifacts."""
+        await self.attestation_keys.ensure()
+        return await self.recover()
 
+    async def recover(self) -> int:
+        """Finish what a killed server left; returns how many uploads became artifacts."""
+        finished = await self.uploads.recover()
+        await self.count()
+        return finished
 
-def _check_digest(digest: str) -> None:
-    if not digest:
-        raise MissingDigest("a digest is needed: the SHA-256 of the .tar.gz in 64 lower-case hex characters")
-    check_digest(digest)
-
-
-def _check_described(content_digest: str | None, runtime: str | None) -> None:
-    if content_digest is not None:
-        check_digest(content_digest)
-    if runtime is not None and not 1 <= len(runtime) <= _MAX_RUNTIME:
-        raise BadRequest(f"a runtime has 1 to {_MAX_RUNTIME} characters")
+    async def _delete_all(self, prefix: str, hold: Hold | None = None) -> None:
+        for key in [key async for key, _, _ in self._objects.list(prefix)]:
+            if hold is not None:
+                hold.check()  # each time: what was listed a while ago may be another server's by now
+            await self._objects.delete(key)

@@ -8,15 +8,20 @@ The one commit point is `Promote`: before it the old release runs and gets every
 one on trial (or, with recreate, is brought back), after it the new one is the app's release and `Route` may be
 repeated without harm. A cancellation is a change of status that somebody else wrote (promotion and cancellation
 compare and set the same field, so one of them loses); here it is seen as the status it left.
+
+A release command runs before any instance of the new release, once: while the old release serves as ever. Workers
+start when the web instances have passed (and, on trial, have had all the requests), so that a bad release never
+touches a queue, and gate the promotion; the old ones are stopped after it. With recreate old and new never overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from aether.model.deployment import SETTLED, DeploymentStatus
+from aether.model.processes import WEB
 
 
 class Strategy(StrEnum):
@@ -47,6 +52,18 @@ class ArtifactState(StrEnum):
     FAILED = "failed"
 
 
+class CommandState(StrEnum):
+    """What is known of the release command."""
+
+    NONE = "none"
+    WAITING = "waiting"
+    """To be run; or begun by an earlier server, and not taken over yet (`command_begun`)."""
+    RUNNING = "running"
+    STOPPING = "stopping"
+    DONE = "done"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why something did not work: a stable code and a sentence for people."""
@@ -62,6 +79,7 @@ class InstanceView:
     routed: bool = False
     reason: Reason | None = None
     """Why it ended, or why it is not ready yet."""
+    process: str = WEB
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +90,16 @@ class RolloutView:
     strategy: Strategy
     deadline: float
     desired: int = 1
+    """Of web."""
+    workers: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many of each worker the new release is to run."""
+    command: CommandState = CommandState.NONE
+    command_begun: bool = False
+    """It is on record that the release command was, or is about to be, started."""
+    command_ends: float = 0.0
+    """When its time is over; the rollout's own deadline does not count while it runs."""
+    command_reason: Reason | None = None
+    """Why it failed, or fails when its time is over."""
     artifact: ArtifactState = ArtifactState.ABSENT
     artifact_reason: Reason | None = None
     old: tuple[InstanceView, ...] = ()
@@ -103,10 +131,21 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
+class RunCommand:
+    """Record that the release command runs and start it, or take over the one that an earlier server started."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopCommand:
+    """End the release command."""
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
-    """Start `count` new instances and put each through the health gate."""
+    """Start `count` new instances and put each through its gate."""
 
     count: int
+    process: str = WEB
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +209,8 @@ class Fail:
 Action = (
     Verify
     | Begin
+    | RunCommand
+    | StopCommand
     | Start
     | Shift
     | Promote
@@ -197,7 +238,7 @@ def decide(view: RolloutView, now: float) -> Sequence[Action]:
         case DeploymentStatus.VERIFYING:
             return _ended_early(view, now) or _verifying(view)
         case DeploymentStatus.ROLLING_OUT:
-            return _ended_early(view, now) or _rolling_out(view, now)
+            return _rolling_out(view, now)
         case DeploymentStatus.ROLLING_BACK:
             return _take_down(view.new) if _live(view.new) else (RolledBack(),)
         case DeploymentStatus.ACTIVE:
@@ -212,7 +253,7 @@ def finished(view: RolloutView) -> bool:
         return False
     if view.status is DeploymentStatus.ACTIVE:
         return not _live(view.old)
-    return not _live(view.new) and not view.old_held
+    return not _live(view.new) and not view.old_held and not _commanded(view)
 
 
 def wakes_at(view: RolloutView, now: float) -> float | None:
@@ -221,7 +262,8 @@ def wakes_at(view: RolloutView, now: float) -> float | None:
         return None
     if view.status is DeploymentStatus.ROLLING_OUT and view.step:
         return now + GATE_INTERVAL_SECS
-    return view.deadline if view.deadline > now else None
+    ends = view.command_ends if view.command is CommandState.RUNNING else view.deadline
+    return ends if ends > now else None
 
 
 def _ended_early(view: RolloutView, now: float) -> Sequence[Action]:
@@ -255,8 +297,18 @@ def _verifying(view: RolloutView) -> Sequence[Action]:
 
 
 def _rolling_out(view: RolloutView, now: float) -> Sequence[Action]:
+    if view.command is CommandState.FAILED:
+        return (Fail(view.command_reason or INTERRUPTED),)
+    if _commanded(view):
+        return (Fail(view.command_reason or INTERRUPTED),) if now >= view.command_ends else ()
+    # one that was begun is taken over first: it may have ended in time while no server looked
+    taking_over = view.command is CommandState.WAITING and view.command_begun
+    if not taking_over and (ended := _ended_early(view, now)):
+        return ended
     match view.artifact:
         case ArtifactState.READY:
+            if view.command is CommandState.WAITING:
+                return (RunCommand(),)
             return _STRATEGIES[view.strategy](view, now)
         case ArtifactState.FAILED:
             return (_undo(view, view.artifact_reason or INTERRUPTED),)
@@ -265,7 +317,16 @@ def _rolling_out(view: RolloutView, now: float) -> Sequence[Action]:
 
 
 def _rolling(view: RolloutView, now: float) -> Sequence[Action]:
-    return _until_ready(view) or (() if _gated(view) else (Promote(),))
+    return _until_ready(view) or (() if _gated(view) else _workers_or_promote(view))
+
+
+def _workers_or_promote(view: RolloutView) -> Sequence[Action]:
+    """What is left when the web instances have passed; everything that was started is ready."""
+    for process, wanted in sorted(view.workers.items()):
+        missing = wanted - _count(view.new, process)
+        if missing > 0:
+            return (Start(min(missing, batch(wanted)), process),)
+    return (Promote(),)
 
 
 def _shifting(view: RolloutView, now: float) -> Sequence[Action]:
@@ -274,12 +335,12 @@ def _shifting(view: RolloutView, now: float) -> Sequence[Action]:
     if (waiting := _until_ready(view)) or _gated(view):
         return waiting
     if not view.old or not view.desired:
-        return (Promote(),)  # nobody to take traffic from, or no traffic to take
+        return _workers_or_promote(view)  # nobody to take traffic from, or no traffic to take
     if not view.step:
         return (Shift(max(1, view.reached)),)
     if not view.passed and now < view.step_ends:
         return ()
-    return (Shift(view.step + 1),) if view.step < view.steps else (Promote(),)
+    return (Shift(view.step + 1),) if view.step < view.steps else _workers_or_promote(view)
 
 
 def _gated(view: RolloutView) -> bool:
@@ -287,13 +348,13 @@ def _gated(view: RolloutView) -> bool:
 
 
 def _until_ready(view: RolloutView) -> Sequence[Action]:
-    """What brings the new instances up; empty when all are there, or are to be waited for (see `_gated`)."""
+    """What brings the new web instances up; empty when all are there, or are to be waited for (see `_gated`)."""
     for instance in view.new:
         if instance.observed is Observed.EXITED:
             return (_undo(view, instance.reason or INTERRUPTED),)
     if _gated(view):
         return ()
-    missing = view.desired - len(view.new)
+    missing = view.desired - _count(view.new, WEB)
     return (Start(min(missing, batch(view.desired))),) if missing > 0 else ()
 
 
@@ -322,8 +383,9 @@ _STRATEGIES: dict[Strategy, Callable[[RolloutView, float], Sequence[Action]]] = 
 def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
     if not view.desired:
         return _retire(view.old)
-    routed = any(instance.routed for instance in view.new)
-    ready = tuple(instance.id for instance in view.new if instance.observed is Observed.READY)
+    web = [instance for instance in view.new if instance.process == WEB]
+    routed = any(instance.routed for instance in web)
+    ready = tuple(instance.id for instance in web if instance.observed is Observed.READY)
     if not routed and ready:
         return (Route(ready),)
     if not routed and now < view.deadline:
@@ -333,6 +395,8 @@ def _promoted(view: RolloutView, now: float) -> Sequence[Action]:
 
 def _abandoned(view: RolloutView) -> Sequence[Action]:
     actions: list[Action] = list(_take_down(view.new))
+    if view.command is CommandState.RUNNING:
+        actions.append(StopCommand())
     if view.old_held and _live(view.old):
         actions.extend(_retire(view.old))  # half taken down already: it comes back as a whole
     elif view.old_held and not _live(view.new):
@@ -362,6 +426,15 @@ def _retire(instances: Sequence[InstanceView]) -> Sequence[Action]:
     if stop:
         actions.append(Stop(stop))
     return actions
+
+
+def _commanded(view: RolloutView) -> bool:
+    """Whether the release command is somewhere between its start and its end."""
+    return view.command in (CommandState.RUNNING, CommandState.STOPPING)
+
+
+def _count(instances: Sequence[InstanceView], process: str) -> int:
+    return sum(instance.process == process for instance in instances)
 
 
 def _live(instances: Sequence[InstanceView]) -> bool:

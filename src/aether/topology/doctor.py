@@ -9,10 +9,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from aether.model.addresses import without_passwords
+from aether.model.errors import AetherError
 from aether.runtimes.process.report import SandboxReport
-from aether.runtimes.process.runtime import ProcessRuntime, RuntimeOptions
+from aether.runtimes.process.runtime import ProcessRuntime
 from aether.settings import Settings
+from aether.topology.databases import found_in
+from aether.topology.disk_use import disk_use, told
+from aether.topology.isolation import runtime_options
 from aether.topology.node import find_node_major
+from aether.topology.objects import look
 
 _FEW_BYTES = 1 << 30
 
@@ -28,13 +34,16 @@ class Check:
 
 def doctor(settings: Settings) -> list[Check]:
     """All findings, the effective settings last with their secrets masked. Blocks for up to some seconds."""
-    checks = [_sandbox(asyncio.run(_probe(settings))), _data(settings.data_dir), _node(), _python()]
+    checks = [_sandbox(asyncio.run(_probe(settings))), _data(settings.data_dir)]
+    if settings.data_dir.exists():
+        checks.append(Check("disk use", "ok", told(disk_use(settings.data_dir))))
+    checks += [_database(settings), _objects(settings), _node(), _python()]
     return [*checks, *(Check(name, "ok", value) for name, value in settings.masked().items())]
 
 
 async def _probe(settings: Settings) -> SandboxReport:
     with tempfile.TemporaryDirectory(prefix="aether-doctor-") as scratch:
-        runtime = ProcessRuntime(Path(scratch), RuntimeOptions(sandbox=settings.sandbox))
+        runtime = ProcessRuntime(Path(scratch), runtime_options(settings))
         try:
             return await runtime.probe()
         finally:
@@ -48,6 +57,17 @@ def _sandbox(report: SandboxReport) -> Check:
     return Check("sandbox", status, "; ".join(report.lines()))
 
 
+def _database(settings: Settings) -> Check:
+    """What `aether server` would find; `aether up` has a database of its own whatever DATABASE_URL says."""
+    if not settings.database_url:
+        return Check("database", "ok", f"SQLite in {settings.data_dir / 'aether.db'}")
+    shown = without_passwords(settings.database_url)
+    try:
+        return Check("database", "ok", f"{asyncio.run(found_in(settings))} at {shown}")
+    except AetherError as error:
+        return Check("database", "fail", f"{shown}: {error.message}")
+
+
 def _data(folder: Path) -> Check:
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -58,6 +78,11 @@ def _data(folder: Path) -> Check:
     free = usage.f_bavail * usage.f_frsize
     shown = f"{folder} ({'exists' if folder.exists() else 'will be made'}, {free / 2**30:.1f} GiB free)"
     return Check("data directory", "ok" if free >= _FEW_BYTES else "warn", shown)
+
+
+def _objects(settings: Settings) -> Check:
+    status, found = look(settings)
+    return Check("object store", status, found)
 
 
 def _node() -> Check:

@@ -6,6 +6,8 @@ import errno
 import ipaddress
 import socket
 
+from aether.hosts.dns import parse_resolver
+from aether.hosts.proof import ProofOptions
 from aether.model.errors import ConfigError, LocalIOError
 from aether.settings import Settings
 
@@ -55,13 +57,24 @@ def check_exposure(settings: Settings, host: str) -> None:
         raise ConfigError("AETHER_AUTH_REQUIRED=false makes everybody an admin; it is allowed only on loopback")
 
 
-def base_url(host: str, port: int) -> str:
+def proof_options(settings: Settings) -> ProofOptions:
+    """Raises ConfigError for a resolver that is no address."""
+    try:
+        resolver = parse_resolver(settings.dns_server) if settings.dns_server else None
+    except ValueError:
+        raise ConfigError(
+            f"AETHER_DNS_SERVER is an address with or without a port, not '{settings.dns_server}'"
+        ) from None
+    return ProofOptions(settings.host_proof_port, settings.host_proof_private, resolver)
+
+
+def base_url(host: str, port: int, *, secure: bool = False) -> str:
     """How this machine's programs reach the API."""
     name = host.strip("[]")
     if name in ("0.0.0.0", "::", ""):
         name = "127.0.0.1"
     shown = f"[{name}]" if ":" in name else name
-    return f"http://{shown}:{port}"
+    return f"{'https' if secure else 'http'}://{shown}:{port}"
 
 
 def api_hosts(settings: Settings, host: str) -> list[str]:
@@ -69,5 +82,7 @@ def api_hosts(settings: Settings, host: str) -> list[str]:
     return ["localhost", "127.0.0.1", "[::1]", host, *settings.api_hosts]
 
 
-def app_url(app: str, settings: Settings, port: int) -> str:
-    return f"http://{app}.{settings.base_domain}{'' if port == 80 else f':{port}'}/"
+def app_url(app: str, settings: Settings, port: int, *, secure: bool = False) -> str:
+    port = settings.public_port or port
+    shown = "" if port == (443 if secure else 80) else f":{port}"
+    return f"{'https' if secure else 'http'}://{app}.{settings.base_domain}{shown}/"

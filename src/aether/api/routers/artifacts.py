@@ -1,182 +1,135 @@
-"""Artifacts: presign, complete, and reading what is stored."""
+"""Artifacts that are stored: listed, looked at, downloaded, pinned. How they come in is in `uploads`, `multipart` and
+`legacy`; what lies beside them in `documents`."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import msgspec
-from litestar import Response, get, head, post
-from litestar.params import FromPath, JSONBody, QueryParameter
+from litestar import Response, delete, get, head, put
+from litestar.params import FromPath, QueryParameter
 from litestar.response import Redirect
 
 from aether.api import auditing
+from aether.api.artifact_views import ArtifactView, artifact_view, registry_of
 from aether.api.paging import DEFAULT_LIMIT, Cursor, Limit, Page, decode_cursor, page
-from aether.api.services import Caller, Deps, Services
+from aether.api.services import Caller, Deps
 from aether.identity.ownership import visible
-from aether.model.errors import ServiceUnavailable
-from aether.model.times import to_iso
-from aether.registry.records import Artifact
-from aether.registry.service import Registry
+from aether.model.times import from_iso, to_iso
+from aether.registry.events import Event
+from aether.registry.records import Filter
 
 AppName = Annotated[str | None, QueryParameter(name="app", description="Only this app's.")]
+RuntimeName = Annotated[
+    str | None, QueryParameter(name="runtime", max_length=64, description="Only of this runtime.")
+]
+Verified = Annotated[bool | None, QueryParameter(name="verified", description="Only those that are, or are not.")]
+DigestPrefix = Annotated[
+    str, QueryParameter(name="digest", max_length=64, description="How the digest begins, in lower-case hex.")
+]
+Since = Annotated[str | None, QueryParameter(name="since", description="ISO-8601: stored then or later.")]
+Before = Annotated[str | None, QueryParameter(name="before", description="ISO-8601: stored earlier.")]
 
 
-class Presign(msgspec.Struct):
-    """An upload to begin. `digest` is the SHA-256 of the .tar.gz, `content_digest` that of the tar in it."""
+class ArtifactEventView(msgspec.Struct):
+    """A step in the life of an artifact."""
 
-    app: str
-    digest: str = ""
-    size_bytes: int = 0
-    content_digest: str | None = None
-    runtime: str | None = None
-
-
-class PresignView(msgspec.Struct):
-    """`method` is PUT, or NONE for a duplicate. A `url` without a host is relative to the API."""
-
-    method: str
-    url: str | None
-    headers: dict[str, str]
-    upload_id: str | None
-    storage_key: str
-    expires_at: str | None
-    duplicate: bool
-
-
-class Complete(msgspec.Struct):
-    """An upload to verify."""
-
-    app: str
-    upload_id: str
-    digest: str = ""
-    size_bytes: int = 0
-    content_digest: str | None = None
-    runtime: str | None = None
-    put_duration_ms: float | None = None
-    idempotency_key: str | None = None
-
-
-class CompleteView(msgspec.Struct):
-    artifact_url: str
-    digest: str
-    duplicate: bool
-    app_linked: bool
-    verified: bool
-    size_bytes: int
-
-
-class ArtifactView(msgspec.Struct):
-    id: str
+    id: int
     app: str
     digest: str
-    content_digest: str | None
-    runtime: str | None
-    size_bytes: int
-    verified: bool
-    created_at: str
-    storage_key: str
-
-
-@post("/artifacts/presign", status_code=200, tags=["artifacts"])
-async def presign(data: JSONBody[Presign], services: Deps, caller: Caller) -> PresignView:
-    """Get a URL to PUT an artifact to, or learn that the app already has it."""
-    auditing.about(data.app)
-    await services.identity.ownership.check_app(caller, data.app)
-    made = await _registry(services).presign(
-        data.app,
-        data.digest,
-        data.size_bytes,
-        content_digest=data.content_digest,
-        runtime=data.runtime,
-        created_by=caller.name,
-    )
-    if made.request is None:
-        return PresignView("NONE", None, {}, None, made.storage_key, None, duplicate=True)
-    signed = made.request
-    expires_at = to_iso(signed.expires_at * 1_000_000)
-    return PresignView(
-        signed.method, signed.url, dict(signed.headers), made.upload_id, made.storage_key, expires_at, duplicate=False
-    )
-
-
-@post("/artifacts/complete", status_code=200, tags=["artifacts"])
-async def complete(data: JSONBody[Complete], services: Deps, caller: Caller) -> CompleteView:
-    """Verify every byte of an upload and store it."""
-    auditing.about(data.app)
-    await services.identity.ownership.check_app(caller, data.app)
-    done = await _registry(services).complete(
-        data.app,
-        data.digest,
-        data.upload_id,
-        data.size_bytes,
-        content_digest=data.content_digest,
-        runtime=data.runtime,
-        idempotency_key=data.idempotency_key,
-    )
-    if data.put_duration_ms is not None and data.put_duration_ms >= 0:
-        services.metrics.put_seconds.observe(data.put_duration_ms / 1000)
-    stored = done.artifact
-    return CompleteView(
-        artifact_url=f"/artifacts/{stored.digest}/download",
-        digest=stored.digest,
-        duplicate=done.duplicate,
-        app_linked=True,
-        verified=stored.verified,
-        size_bytes=stored.size_bytes,
-    )
+    event: str
+    actor: str
+    detail: str
+    timestamp: str
 
 
 @get("/artifacts", tags=["artifacts"])
 async def list_artifacts(
-    services: Deps, caller: Caller, app: AppName = None, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+    services: Deps,
+    caller: Caller,
+    app: AppName = None,
+    runtime: RuntimeName = None,
+    verified: Verified = None,
+    digest: DigestPrefix = "",
+    since: Since = None,
+    before: Before = None,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
 ) -> Page[ArtifactView]:
     """Stored artifacts of the caller's apps, newest first."""
     after = decode_cursor(cursor, int, str)
     if app is not None:
         await services.identity.ownership.check_app(caller, app)
-    before = None if after is None else (after[0], after[1])
-    rows = await _registry(services).list(app, limit + 1, before, visible(caller))
-    return page(rows, limit, _view, lambda row: (row.created_at, row.id))
+    wanted = Filter(
+        runtime=runtime,
+        verified=verified,
+        digest_prefix=digest,
+        since=None if since is None else from_iso(since),
+        before=None if before is None else from_iso(before),
+        only=None if caller.sees_everything else visible(caller),
+    )
+    rows = await registry_of(services).list(app, wanted, limit + 1, None if after is None else (after[0], after[1]))
+    return page(rows, limit, artifact_view, lambda row: (row.created_at, row.id))
 
 
 @head("/artifacts/{digest:str}", tags=["artifacts"])
 async def exists(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> Response[None]:
     """200 when the artifact is stored; its size in X-Aether-Size-Bytes."""
-    found = await _registry(services).find(digest, app, visible(caller))
+    found = await registry_of(services).find(digest, app, visible(caller))
     return Response(None, headers={"X-Aether-Size-Bytes": str(found.size_bytes), "ETag": f'"{found.digest}"'})
 
 
 @get("/artifacts/{digest:str}/meta", tags=["artifacts"])
 async def meta(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> ArtifactView:
     """What is known of an artifact."""
-    return _view(await _registry(services).find(digest, app, visible(caller)))
+    return artifact_view(await registry_of(services).find(digest, app, visible(caller)))
 
 
 @get("/artifacts/{digest:str}/download", status_code=307, tags=["artifacts"])
 async def download(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> Redirect:
     """Redirect to a fresh signed URL; this path itself never expires."""
-    signed = await _registry(services).download(digest, app, visible(caller))
+    signed = await registry_of(services).download(digest, app, visible(caller))
     return Redirect(signed.url, status_code=307, headers={"Cache-Control": "no-store"})
 
 
-def _registry(services: Services) -> Registry:
-    if services.registry is None:
-        raise ServiceUnavailable("this server keeps no artifacts")
-    return services.registry
+@get("/artifacts/{digest:str}/events", tags=["artifacts"])
+async def artifact_events(
+    digest: FromPath[str],
+    services: Deps,
+    caller: Caller,
+    app: AppName = None,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+) -> Page[ArtifactEventView]:
+    """What happened to an artifact, newest first; also before it was stored and after it was deleted."""
+    after = decode_cursor(cursor, int)
+    if app is not None:
+        await services.identity.ownership.check_app(caller, app)
+    before = None if after is None else after[0]
+    rows = await registry_of(services).events(digest, app, before, limit + 1, visible(caller))
+    return page(rows, limit, _event, lambda row: (row.id,))
 
 
-def _view(row: Artifact) -> ArtifactView:
-    return ArtifactView(
-        row.id,
-        row.app,
-        row.digest,
-        row.content_digest,
-        row.runtime,
-        row.size_bytes,
-        row.verified,
-        to_iso(row.created_at),
-        row.storage_key,
-    )
+@put("/artifacts/{digest:str}/pin", status_code=200, tags=["artifacts"])
+async def pin(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> ArtifactView:
+    """Keep an artifact whatever its age. `app` is needed where several apps have it."""
+    auditing.about(digest)
+    registry = registry_of(services)
+    return artifact_view(await registry.pin(digest, app, pinned=True, actor=caller.name, only=visible(caller)))
 
 
-HANDLERS = [presign, complete, list_artifacts, exists, meta, download]
+@delete("/artifacts/{digest:str}/pin", status_code=200, tags=["artifacts"])
+async def unpin(digest: FromPath[str], services: Deps, caller: Caller, app: AppName = None) -> ArtifactView:
+    """Let retention take the artifact away again when nobody needs it."""
+    auditing.about(digest)
+    registry = registry_of(services)
+    return artifact_view(await registry.pin(digest, app, pinned=False, actor=caller.name, only=visible(caller)))
+
+
+def _event(row: Event) -> ArtifactEventView:
+    return ArtifactEventView(
+        row.id, row.app, row.digest, row.event, row.actor, row.detail, to_iso(row.timestamp)
+    )  # fmt: skip
+
+
+HANDLERS = [list_artifacts, exists, meta, download, artifact_events, pin, unpin]

@@ -61,7 +61,7 @@ async def login(data: JSONBody[Login], services: Deps) -> SessionView:
     """Open a session with a password or a token: an access token of 15 minutes and a refresh token of 30 days."""
     identity, note = services.identity, auditing.note()
     if data.token is not None and data.username is None and data.password is None:
-        pair = await identity.login_with_token(data.token)
+        pair = await identity.login_with_token(data.token, note.address)
     elif data.username is not None and data.password is not None and data.token is None:
         try:
             pair = await identity.login_with_password(data.username, data.password, note.address)
@@ -74,7 +74,7 @@ async def login(data: JSONBody[Login], services: Deps) -> SessionView:
     else:
         raise BadRequest("send either 'username' and 'password', or 'token'")
     note.actor, note.actor_kind, note.target = pair.name, "session", pair.session_id
-    return _view(pair)
+    return session_view(pair)
 
 
 @post("/auth/refresh", status_code=200, tags=["auth"])
@@ -88,7 +88,7 @@ async def refresh(data: JSONBody[Refresh], services: Deps) -> SessionView:
         note.actor, note.actor_kind, note.target = "nobody", "none", f"session of {error.name}"
         raise
     note.actor, note.actor_kind, note.target = pair.name, "session", pair.session_id
-    return _view(pair)
+    return session_view(pair)
 
 
 @post("/auth/logout", status_code=204, tags=["auth"])
@@ -112,7 +112,8 @@ async def whoami(caller: Caller) -> Whoami:
     )
 
 
-def _view(pair: Pair) -> SessionView:
+def session_view(pair: Pair) -> SessionView:
+    """What a client is told of new tokens."""
     return SessionView(
         pair.token,
         pair.name,

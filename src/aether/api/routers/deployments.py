@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from litestar import Response, get, patch, post
@@ -13,7 +13,7 @@ from litestar.response import Stream
 
 from aether.api import auditing
 from aether.api.paging import DEFAULT_LIMIT, Cursor, Limit, Page, decode_cursor, page
-from aether.api.services import Caller, Deps
+from aether.api.services import Caller, Deps, IdempotencyKey
 from aether.api.streams import until_shutdown
 from aether.api.views import Deployment, apps_of, deployment_view
 from aether.apps.deployments import DEFAULT_COMMAND, Author, DeployRequest
@@ -23,16 +23,16 @@ from aether.apps.services import AppServices
 from aether.identity.ownership import visible
 from aether.model.deployment import DeploymentStatus
 from aether.model.errors import BadRequest
+from aether.model.instance import Volume
+from aether.model.processes import Cron, ProcessTypes, ReleaseCommand, Worker
 from aether.model.times import to_iso
 from aether.observability import tracing
 from aether.rollout.gates import Shift
 
-KEEP_ALIVE_SECS = 15.0
 _USUAL = Shift()
 _KEEP_ALIVE = b": keep-alive\n\n"
 AppFilter = Annotated[str | None, QueryParameter(name="app", description="Only this app's.")]
 StatusFilter = Annotated[DeploymentStatus | None, QueryParameter(name="status", description="Only in this state.")]
-IdempotencyKey = Annotated[str | None, HeaderParameter(name="Idempotency-Key", max_length=200)]
 LastEventId = Annotated[int, HeaderParameter(name="Last-Event-ID", ge=0)]
 
 
@@ -62,6 +62,33 @@ class RolloutRules(msgspec.Struct, forbid_unknown_fields=True):
         )
 
 
+class ProcessType(msgspec.Struct, forbid_unknown_fields=True):
+    """A worker, or with a `schedule` (five cron fields) a cron process. `settle_secs` is for workers: how long one
+    must stay up to be ready. The rest is for cron processes: `timeout_secs` bounds a run, `missed` is `once` (times
+    while the server was down are made up for by one run) or `skip`."""
+
+    command: str
+    schedule: str | None = None
+    timezone: str | None = None
+    timeout_secs: float | None = None
+    missed: str | None = None
+    settle_secs: float | None = None
+
+
+class ReleaseCommandSpec(msgspec.Struct, forbid_unknown_fields=True):
+    """Runs once per deployment before any instance of the new release starts; its failure fails the deployment."""
+
+    command: str
+    timeout_secs: float = ReleaseCommand("").timeout_secs
+
+
+class VolumeSpec(msgspec.Struct, forbid_unknown_fields=True):
+    """A folder of the app's own that outlives its instances, shown to them at `path`."""
+
+    name: str
+    path: str
+
+
 class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
     """`strategy` is rolling, recreate, canary or bluegreen; `timeout_secs` bounds the time until the new release is
     healthy."""
@@ -72,6 +99,9 @@ class NewDeployment(msgspec.Struct, forbid_unknown_fields=True):
     command: str | None = None
     env: dict[str, str] = {}
     health: HealthCheck | None = None
+    processes: dict[str, ProcessType] = {}
+    release_command: ReleaseCommandSpec | None = None
+    volumes: list[VolumeSpec] = []
     strategy: str = "rolling"
     timeout_secs: float = 120.0
     rollout: RolloutRules | None = None
@@ -108,6 +138,8 @@ async def create_deployment(
         command=data.command or DEFAULT_COMMAND,
         env=data.env,
         health=Health(path, data.health.port if data.health else None),
+        processes=_process_types(data.processes, data.release_command),
+        volumes=tuple(Volume(volume.name, volume.path) for volume in data.volumes),
         strategy=data.strategy,
         timeout_secs=data.timeout_secs,
         rollout=data.rollout.shift() if data.rollout else Shift(),
@@ -156,15 +188,45 @@ async def change_deployment(
 
 
 @get("/deployments/{deployment_id:str}/events", tags=["deployments"], media_type="text/event-stream")
-async def deployment_events(deployment_id: FromPath[str], services: Deps, last_event_id: LastEventId = 0) -> Stream:
+async def deployment_events(
+    deployment_id: FromPath[str], services: Deps, caller: Caller, last_event_id: LastEventId = 0
+) -> Stream:
     """Server-sent events: `phase` for each change, `end` with the settled deployment. Resumes by Last-Event-ID."""
     apps = apps_of(services)
-    await apps.deployments.get(deployment_id)
+    row = await apps.deployments.get(deployment_id)
     items = until_shutdown(
-        apps.deployments.follow(deployment_id, last_event_id), services.shutdown, silence_secs=KEEP_ALIVE_SECS
+        apps.deployments.follow(deployment_id, last_event_id),
+        services.shutdown,
+        barred=services.identity.until_barred(caller, row.app),
+        silence_secs=services.settings.stream_heartbeat_secs,
     )
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return Stream(_messages(items, apps), media_type="text/event-stream", headers=headers)
+
+
+def _process_types(given: dict[str, ProcessType], release: ReleaseCommandSpec | None) -> ProcessTypes:
+    """Raises BadRequest for a setting of the other kind; bounds are checked with the request."""
+    workers: dict[str, Worker] = {}
+    crons: dict[str, Cron] = {}
+    for name, one in given.items():
+        worker = {"settle_secs": one.settle_secs}
+        cron = {"timezone": one.timezone, "timeout_secs": one.timeout_secs, "missed": one.missed}
+        for field, value in (cron if one.schedule is None else worker).items():
+            if value is not None:
+                kind = "worker: it has no schedule" if one.schedule is None else "cron process: it has a schedule"
+                raise BadRequest(
+                    f"processes.{name[:40]}.{field} is not for a {kind}", {"field": f"processes.{name[:40]}.{field}"}
+                )
+        if one.schedule is None:
+            workers[name] = Worker(one.command, **_given(worker))
+        else:
+            crons[name] = Cron(one.command, one.schedule, **_given(cron))
+    command = None if release is None else ReleaseCommand(release.command, release.timeout_secs)
+    return ProcessTypes(workers, crons, command)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 async def _messages(items: AsyncGenerator[Event | DeploymentRow | None], apps: AppServices) -> AsyncGenerator[bytes]:

@@ -1,6 +1,6 @@
 """Signed PUT and GET of objects, as plain ASGI: bodies of hundreds of megabytes pass without a framework.
 
-Bodies are gathered to BLOCK_BYTES and written by a thread while the next ones arrive, so that neither the
+Bodies are gathered to RECEIVED_BYTES and written by a thread while the next ones arrive, so that neither the
 event loop nor the socket waits for the disk and two blocks per upload are all the memory it takes.
 """
 
@@ -15,12 +15,13 @@ import msgspec
 
 from aether.api.services import Services
 from aether.api.transfers import Grant, ObjectTransfer, Upload
-from aether.model.errors import AetherError, BadRequest, NotFound, PayloadTooLarge, RateLimited, ServiceUnavailable
+from aether.model.errors import AetherError, BadRequest, NotFound, PayloadTooLarge, ServiceUnavailable
 
 BLOCK_BYTES = 1 << 20
+RECEIVED_BYTES = 1 << 18
+"""Written at once: every upload holds two of these, and there may be AETHER_MAX_CONCURRENT_UPLOADS."""
 STALL_SECS = 60.0
 """A client that sends or takes nothing for so long is cut off."""
-TURN_SECS = 10.0
 _PREFIX = "/objects/"
 
 _Message = MutableMapping[str, Any]
@@ -37,8 +38,6 @@ class ObjectsApp:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        limit = services.settings.max_concurrent_uploads
-        self._uploads = asyncio.Semaphore(limit) if limit else None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         transfer = self._services.transfer
@@ -59,36 +58,17 @@ class ObjectsApp:
         self, transfer: ObjectTransfer, grant: Grant, scope: MutableMapping[str, Any], receive: _Receive, send: _Send
     ) -> None:
         _check_length(dict(scope["headers"]), grant.size_bytes)
-        async with _Turn(self._uploads), _Counted(self._services):
+        async with self._services.turns.one(), _Counted(self._services):
             upload = await transfer.receive(grant)
             try:
                 await _receive_into(upload, grant.size_bytes, receive)
-                await upload.finish()
+                etag = await upload.finish()
             finally:
                 await upload.abort()
         body = msgspec.json.encode({"size_bytes": grant.size_bytes})
-        await _start(send, 200, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))])
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await _start(send, 200, [*headers, (b"etag", b'"%s"' % etag.encode())])
         await send({"type": "http.response.body", "body": body})
-
-
-class _Turn:
-    """One of the bounded number of uploads; RateLimited after TURN_SECS."""
-
-    def __init__(self, semaphore: asyncio.Semaphore | None) -> None:
-        self._semaphore = semaphore
-
-    async def __aenter__(self) -> None:
-        if self._semaphore is None:
-            return
-        try:
-            async with asyncio.timeout(TURN_SECS):
-                await self._semaphore.acquire()
-        except TimeoutError:
-            raise RateLimited("too many uploads at once; try again") from None
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._semaphore is not None:
-            self._semaphore.release()
 
 
 class _Counted:
@@ -114,7 +94,7 @@ def _check_length(headers: dict[bytes, bytes], signed: int) -> None:
 
 async def _receive_into(upload: Upload, size: int, receive: _Receive) -> None:
     """Gather bodies in two fixed buffers: one is written while the other fills."""
-    filling, other = (memoryview(bytearray(min(BLOCK_BYTES, size))) for _ in range(2))
+    filling, other = (memoryview(bytearray(min(RECEIVED_BYTES, size))) for _ in range(2))
     held = total = 0
     writing: asyncio.Task[None] | None = None
     try:

@@ -47,7 +47,7 @@ async def startupz(services: Deps) -> Health:
     return Health("ok")
 
 
-@get("/metrics", tags=["probes"])
+@get("/metrics", tags=["probes"], media_type=CONTENT_TYPE)
 async def metrics(services: Deps) -> Response[bytes]:
     """Prometheus text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)

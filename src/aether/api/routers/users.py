@@ -152,6 +152,12 @@ async def list_teams(
     return page(rows, limit, _team, lambda row: (row.name,))
 
 
+@delete("/teams/{team:str}", tags=["users"])
+async def delete_team(team: FromPath[str], services: Deps) -> None:
+    """Delete a team that owns no app; 409 while it does."""
+    await services.identity.accounts.delete_team(team)
+
+
 @put("/teams/{team:str}/members/{user:str}", tags=["teams"])
 async def add_member(team: FromPath[str], user: FromPath[str], services: Deps) -> Team:
     """Put a user into a team."""
@@ -234,6 +240,6 @@ def _token(row: MachineToken) -> Token:
 
 
 HANDLERS = [
-    create_user, list_users, change_user, create_team, list_teams, add_member, remove_member, create_token,
-    list_tokens, revoke_token,
+    create_user, list_users, change_user, create_team, list_teams, delete_team, add_member, remove_member,
+    create_token, list_tokens, revoke_token,
 ]  # fmt: skip

@@ -7,18 +7,19 @@ import errno
 import os
 import socket
 import struct
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aether.model.instance import InstanceExit, InstanceSpec
+from aether.runtimes.process.console import Attached, attach
 from aether.runtimes.process.record import Record, init_of, keeper_of, settle
 from aether.runtimes.process.shim.keeper import SOCKET
 from aether.runtimes.process.shim.plan import NONE
 from aether.runtimes.process.shim.processes import send
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Sequence
 
 _DIAL_SECS = 7.0
 _DIALS_UNDER_WAY = 128
@@ -53,7 +54,7 @@ class ProcessInstance:
         self._settling = asyncio.Lock()
         self._exit: InstanceExit | None = None
         self._settled = False
-        self._followers: set[asyncio.Event] = set()
+        self._watchers: set[Callable[[], None]] = set()
 
     @property
     def spec(self) -> InstanceSpec:
@@ -89,18 +90,18 @@ class ProcessInstance:
         """There is no keeper any more."""
         self.detach()
         self._gone.set()
-        for event in self._followers:
-            event.set()
+        self._grown()
 
-    @contextmanager
-    def following(self) -> Generator[asyncio.Event]:
-        """An event that is set whenever the log may have grown and when the instance has ended."""
-        event = asyncio.Event()
-        self._followers.add(event)
-        try:
-            yield event
-        finally:
-            self._followers.discard(event)
+    def watch(self, grew: Callable[[], None]) -> None:
+        """Call `grew` whenever the log may have grown and when the instance has ended."""
+        self._watchers.add(grew)
+
+    def unwatch(self, grew: Callable[[], None]) -> None:
+        self._watchers.discard(grew)
+
+    def _grown(self) -> None:
+        for grew in tuple(self._watchers):
+            grew()
 
     async def dial(self) -> socket.socket:
         if self._gone.is_set():
@@ -108,14 +109,41 @@ class ProcessInstance:
         async with self._slots:
             if self._record.kind == NONE:
                 return await _dial_plain(self._record.port)
-            if self._dials is None or self._dials.closed:
-                self._dials = DialLink(connect(self._folder))
-            return await self._dials.dial()
+            link = self._link()
+            try:
+                return await link.dial()
+            except (BrokenPipeError, ConnectionResetError) as error:
+                if self._gone.is_set() or not (link.closed or isinstance(error, BrokenPipeError)):
+                    raise
+                link.close()
+            # the dialer ended and the keeper starts another; nothing was sent to the app yet
+            return await self._link().dial()
+
+    def _link(self) -> DialLink:
+        if self._dials is None or self._dials.closed:
+            self._dials = DialLink(connect(self._folder))
+        return self._dials
 
     async def listening_ports(self) -> Sequence[int]:
         if self._record.kind == NONE:
             return ()  # a plain child shares the machine's network with everybody
         return await asyncio.to_thread(_listening, init_of(self._folder))
+
+    async def open_console(self) -> Attached:
+        if self._gone.is_set():
+            raise ConnectionResetError(errno.ECONNRESET, "the instance has ended")
+        return await attach(connect(self._folder))
+
+    def resize(self, rows: int, columns: int) -> None:
+        self._say(b"window %d %d" % (rows, columns))
+
+    def signal(self, number: int) -> None:
+        self._say(b"signal %d" % number)
+
+    def _say(self, message: bytes) -> None:
+        if self._events is not None:
+            with suppress(OSError):  # the keeper has just left, and its command with it
+                self._events.send(message)
 
     async def wait(self) -> InstanceExit:
         await self._gone.wait()
@@ -149,12 +177,14 @@ class ProcessInstance:
             except OSError:
                 message = b""
             if message == b"log":
-                for event in self._followers:
-                    event.set()
+                self._grown()
             elif message.startswith(b"exited "):
-                code, number, memory = message.decode().split()[1:]
+                code, number, memory, *expired = message.decode().split()[1:]
                 self._exit = InstanceExit(
-                    None if code == "-" else int(code), None if number == "-" else int(number), memory == "1"
+                    None if code == "-" else int(code),
+                    None if number == "-" else int(number),
+                    memory == "1",
+                    expired == ["1"],
                 )
             elif not message:
                 self.mark_gone()

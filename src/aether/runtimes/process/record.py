@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from aether.model.instance import InstanceExit, InstanceSpec, Limits
+from aether.model.instance import Console, InstanceExit, InstanceSpec, Limits, Volume
 from aether.runtimes.process.cgroups import Group
 from aether.runtimes.process.shim.keeper import LOCK, SOCKET, STATE
 from aether.runtimes.process.shim.processes import send, started
@@ -56,6 +56,8 @@ class Record:
         plain: dict[str, Any] = dict(document["spec"])
         plain["root"] = Path(plain["root"])
         plain["limits"] = Limits(**plain["limits"])
+        plain["volumes"] = tuple(Volume(**volume) for volume in plain.get("volumes", ()))
+        plain["console"] = Console(plain.get("console", ""))
         events = document["memory_events"]
         return cls(
             spec=InstanceSpec(**plain),
@@ -106,17 +108,23 @@ def recorded_exit(folder: Path) -> InstanceExit | None:
     state = _read(folder / STATE)
     if state is None or state["phase"] != "exited":
         return None
-    return InstanceExit(state["code"], state["signal"], bool(state["out_of_memory"]))
+    # a keeper that an earlier version started says nothing of its time
+    expired = bool(state.get("expired", False))
+    return InstanceExit(state["code"], state["signal"], bool(state["out_of_memory"]), expired)
 
 
 async def settle(folder: Path, group: Group, told: InstanceExit | None) -> InstanceExit:
     """The end of an instance whose keeper has left, once it is gone entirely.
 
-    `told` is what the keeper said last. What a killed keeper left behind is ended and recorded here.
+    `told` is what the keeper said last. What a killed keeper left behind is ended and recorded here; of an instance
+    that another server has removed nothing is left to end.
     """
     until = time.monotonic() + 5.0
-    while (lock := take_lock(folder)) is None and time.monotonic() < until:
-        await asyncio.sleep(0.002)  # the kernel is still closing the dead keeper's descriptors
+    try:
+        while (lock := take_lock(folder)) is None and time.monotonic() < until:
+            await asyncio.sleep(0.002)  # the kernel is still closing the dead keeper's descriptors
+    except FileNotFoundError:
+        return told or _LOST
     try:
         if (found := told or recorded_exit(folder)) is not None:
             return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aether.runtimes.process import seccomp
 from aether.runtimes.process.cgroups import Cgroups
+from aether.runtimes.process.egress import PUBLIC, Egress
 from aether.runtimes.process.sandbox import Tools
 from aether.runtimes.process.shim.plan import NONE
 
@@ -61,7 +62,7 @@ def look() -> Findings:
     elif not seccomp.supported(os.uname().machine):
         missing = f"no syscall filter is known for {os.uname().machine}"
         remedy = "use an x86_64 or aarch64 machine"
-    tools = Tools(bwrap, setpriv or "") if bwrap is not None and not missing else None
+    tools = Tools(bwrap, setpriv or "", shutil.which("setsid") or "") if bwrap is not None and not missing else None
     return Findings(tools, slirp, missing, remedy)
 
 
@@ -76,12 +77,16 @@ def limits(groups: Cgroups, kind: str) -> dict[str, str]:
     }
 
 
-def egress(kind: str, slirp: str) -> str:
+def egress(kind: str, slirp: str, policy: Egress) -> str:
     """What outgoing connections an instance has, in words."""
     if kind == NONE:
         return "the machine's own network, unrestricted"
+    if not policy.open:
+        return "none, loopback only: AETHER_APP_EGRESS=none"
     if slirp:
-        return "slirp4netns (the machine's own loopback and link-local addresses are out of reach)"
+        private = ", private ranges" if policy.policy == PUBLIC else ""
+        but = f" but for {', '.join(map(str, policy.allowed))}" if policy.allowed else ""
+        return f"slirp4netns (the machine's own addresses, link-local ones{private} are out of reach{but})"
     if shutil.which("slirp4netns"):
         return f"none, loopback only: {_TUN} cannot be used; give this user access to it (modprobe tun)"
     return "none, loopback only: install the package 'slirp4netns'"

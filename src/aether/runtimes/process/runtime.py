@@ -15,22 +15,24 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from aether.model.errors import BadRequest, ServiceUnavailable
-from aether.model.instance import InstanceSpec, Limits, LogRecord
+from aether.model.instance import Console, InstanceSpec, KeptLog, Limits, LogRecord
 from aether.runtimes.process import host, record, report, sandbox, seccomp
 from aether.runtimes.process.cgroups import Cgroups, Group, detect
+from aether.runtimes.process.egress import Egress
 from aether.runtimes.process.instance import ProcessInstance
-from aether.runtimes.process.logs import LogReader
+from aether.runtimes.process.logs import LogReader, kept_logs
+from aether.runtimes.process.place import Place
 from aether.runtimes.process.report import SandboxReport
 from aether.runtimes.process.shim.plan import BUBBLEWRAP, NONE, Plan
+from aether.runtimes.process.volumes import Volumes
 
 FIRST_UID = 200_000
-_OPEN_FILES = 65_536
 _IDLE_DATA_BYTES = 128 * 1024 * 1024
 """Allowed on top of the memory limit where only RLIMIT_DATA stands in for it: stacks that threads reserve unused."""
 _START_SECS = 15.0
@@ -40,12 +42,17 @@ _ERRORS = "keeper.err"
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from shim.keeper import main; main()"
 
 
+_OPEN = Egress()
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept."""
 
     sandbox: str = "auto"
     log_bytes: int = 10 * 1024 * 1024
+    open_files: int = 65_536
+    egress: Egress = _OPEN
 
 
 class ProcessRuntime:
@@ -56,6 +63,7 @@ class ProcessRuntime:
         self._options = options or RuntimeOptions()
         self._instances_dir = self._data / "instances"
         self._view = host.survey(self._data)
+        self.volumes = Volumes(self._data)
         self._findings = report.look()
         self._cgroups: Cgroups | None = None
         self._report: SandboxReport | None = None
@@ -127,27 +135,42 @@ class ProcessRuntime:
     async def logs(
         self, instance_id: str, app: str, *, since_ns: int = 0, tail: int | None = None, follow: bool = False
     ) -> AsyncGenerator[LogRecord]:
-        reader = LogReader(self._log(instance_id, app), since_ns)
-        held = await self.adopt(instance_id) if follow else None
+        grew = asyncio.Event()
+        place = await self.open_log(
+            instance_id, app, since_ns=since_ns, tail=tail, grew=grew.set if follow else None
+        )  # fmt: skip
         try:
-            await asyncio.to_thread(reader.start, tail)
-            if held is None:
-                while batch := await asyncio.to_thread(reader.read):
+            while True:
+                grew.clear()
+                over = place.ended
+                while batch := await asyncio.to_thread(place.read):
                     for item in batch:
                         yield item
-                return
-            with held.following() as grew:
-                while True:
-                    grew.clear()
-                    over = held.gone
-                    while batch := await asyncio.to_thread(reader.read):
-                        for item in batch:
-                            yield item
-                    if over:
-                        return
-                    await grew.wait()
+                if over:
+                    return
+                await grew.wait()
         finally:
-            reader.close()
+            place.close()
+
+    async def open_log(
+        self,
+        instance_id: str,
+        app: str,
+        *,
+        since_ns: int = 0,
+        tail: int | None = None,
+        after: int | None = None,
+        grew: Callable[[], None] | None = None,
+    ) -> Place:
+        reader = LogReader(self._log(instance_id, app), since_ns)
+        held = await self.adopt(instance_id) if grew is not None else None
+        place = Place(reader, held, grew)
+        try:
+            await asyncio.to_thread(reader.start, tail, after)
+        except BaseException:
+            place.close()
+            raise
+        return place
 
     async def drop_logs(self, instance_id: str, app: str) -> None:
         path = self._log(instance_id, app)
@@ -157,6 +180,9 @@ class ProcessRuntime:
             path.parent.rmdir()
         except OSError:
             return  # logs of other instances are in it, or it never was
+
+    async def kept_logs(self) -> Sequence[KeptLog]:
+        return await asyncio.to_thread(kept_logs, self._data / "logs")
 
     # --- beyond the port --------------------------------------------------------------------------------------
 
@@ -187,7 +213,8 @@ class ProcessRuntime:
 
     async def _spawn(self, spec: InstanceSpec, folder: Path) -> None:
         kind = self._kind
-        port = _free_port() if kind == NONE else spec.port
+        self._check_possible(spec, kind)
+        port = _free_port() if kind == NONE and spec.port else spec.port
         app_dir = os.fspath(spec.root) if kind == NONE else "/app"
         path = tuple(os.environ.get("PATH", os.defpath).split(":")) if kind == NONE else self._view.path
         variables = sandbox.environment(spec, path, app_dir=app_dir, port=port)
@@ -199,12 +226,15 @@ class ProcessRuntime:
             kind=kind,
             pids=spec.limits.pids if bounded and not groups.enforces("pids") else 0,
             folder=app_dir,
+            setsid=self._findings.tools.setsid if spec.console is Console.TERMINAL and self._findings.tools else "",
         )
         try:
             lock = await asyncio.to_thread(self._prepare, spec, folder, kind, port)
-        except OSError as error:
+        except (BadRequest, OSError) as error:
             await self._groups.left_of(spec.instance_id).remove()
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            if isinstance(error, BadRequest):
+                raise
             raise ServiceUnavailable(f"instance {spec.instance_id} cannot be prepared: {error}") from error
         try:
             made = record.Record.read(folder)
@@ -221,9 +251,14 @@ class ProcessRuntime:
                 log=os.fsencode(self._log(spec.instance_id, spec.app)),
                 log_bytes=self._options.log_bytes,
                 port=port,
-                slirp=os.fsencode(self._findings.slirp) if kind != NONE else b"",
-                open_files=_OPEN_FILES,
+                slirp=os.fsencode(self._slirp),
+                refused=[str(network).encode() for network in self._options.egress.refused()],
+                allowed=[str(network).encode() for network in self._options.egress.allowed],
+                open_files=self._options.open_files,
                 data_bytes=data_bytes + _IDLE_DATA_BYTES if data_bytes else 0,
+                console=spec.console.value,
+                expires_ms=int(spec.timeout_secs * 1000),
+                owner=self._uid(spec.app) if kind != NONE and os.geteuid() == 0 else -1,
             )
             reason = await _run_keeper(plan, folder, lock, spec.instance_id)
         finally:
@@ -247,7 +282,8 @@ class ProcessRuntime:
             etc = folder / "etc"
             etc.mkdir(mode=0o755, exist_ok=True)
             uid = self._uid(spec.app) if os.geteuid() == 0 else sandbox.USER_ID
-            for name, text in sandbox.etc_files(spec, uid, egress=bool(self._findings.slirp)).items():
+            self.volumes.prepare(spec, self._view, uid if os.geteuid() == 0 else None)
+            for name, text in sandbox.etc_files(spec, uid, egress=bool(self._slirp)).items():
                 (etc / name).write_text(text)
                 (etc / name).chmod(0o644)
             group = self._groups.create(spec.instance_id, spec.limits)
@@ -265,7 +301,17 @@ class ProcessRuntime:
 
     def _sandbox_options(self, spec: InstanceSpec, folder: Path) -> list[bytes]:
         groups = self._groups.mounts(spec.instance_id)
-        return sandbox.options(spec, self._view, folder / "etc", as_root=os.geteuid() == 0, groups=groups)
+        volumes = [(self.volumes.place(spec.app, volume.name), volume.path) for volume in spec.volumes]
+        return sandbox.options(
+            spec, self._view, folder / "etc", as_root=os.geteuid() == 0, groups=groups, volumes=volumes
+        )
+
+    def _check_possible(self, spec: InstanceSpec, kind: str) -> None:
+        if spec.volumes and kind == NONE:
+            raise ServiceUnavailable("volumes need the sandbox, and this server runs apps as plain children")
+        tools = self._findings.tools
+        if spec.console is Console.TERMINAL and kind != NONE and (tools is None or not tools.setsid):
+            raise ServiceUnavailable("a terminal needs the program setsid; install the package 'util-linux'")
 
     def _uid(self, app: str) -> int:
         """A uid of the app's own, the same for all time on this machine."""
@@ -284,6 +330,10 @@ class ProcessRuntime:
     @property
     def _kind(self) -> str:
         return NONE if self._options.sandbox == NONE else BUBBLEWRAP
+
+    @property
+    def _slirp(self) -> str:
+        return self._findings.slirp if self._kind != NONE and self._options.egress.open else ""
 
     @property
     def _groups(self) -> Cgroups:
@@ -333,7 +383,7 @@ class ProcessRuntime:
             reason=reason,
             remedy=remedy,
             limits=report.limits(groups, kind),
-            egress=report.egress(kind, slirp),
+            egress=report.egress(kind, slirp, self._options.egress),
         )
 
     async def _rehearse(self) -> str:

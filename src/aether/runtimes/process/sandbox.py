@@ -31,14 +31,22 @@ class Tools:
 
     bwrap: str
     setpriv: str
+    setsid: str = ""
 
 
 def options(
-    spec: InstanceSpec, view: HostView, etc: Path, *, as_root: bool, groups: Sequence[tuple[Path, str]] = ()
+    spec: InstanceSpec,
+    view: HostView,
+    etc: Path,
+    *,
+    as_root: bool,
+    groups: Sequence[tuple[Path, str]] = (),
+    volumes: Sequence[tuple[Path, str]] = (),
 ) -> list[bytes]:
     """Arguments for `bwrap --args`: namespaces, mounts, filter.
 
-    `etc` holds the synthesised files of /etc; `groups` are cgroup folders and where they are shown, read-only.
+    `etc` holds the synthesised files of /etc; `groups` are cgroup folders and where they are shown, read-only;
+    `volumes` are the app's own folders, the only ones of this machine that an instance can write to.
     """
     limits = spec.limits
     arguments = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
@@ -55,7 +63,8 @@ def options(
     for target, name in view.links:
         arguments += ["--symlink", target, name]
     files = [f"/etc/{name}" for name in sorted(etc_files(spec, USER_ID))]
-    for folder in _parents([*view.etc, *files, *view.tools, *(place for _, place in groups)]):
+    outside = [place for _, place in volumes if not place.startswith("/app/")]
+    for folder in _parents([*view.etc, *files, *view.tools, *(place for _, place in groups), *outside]):
         arguments += ["--perms", "0755", "--dir", folder]
     for name in view.etc:
         arguments += ["--ro-bind-try", name, name]
@@ -70,7 +79,10 @@ def options(
     arguments += ["--proc", "/proc", "--dev", "/dev"]
     arguments += [*_tmpfs("/dev/shm", limits.tmp_bytes), "--remount-ro", "/dev"]
     arguments += _tmpfs("/tmp", limits.tmp_bytes)
-    arguments += ["--ro-bind", str(spec.root), "/app", "--chdir", "/app", "--remount-ro", "/"]
+    arguments += ["--ro-bind", str(spec.root), "/app", "--chdir", "/app"]
+    for folder, place in volumes:
+        arguments += ["--bind", str(folder), place]
+    arguments += ["--remount-ro", "/"]
     return [argument.encode("utf-8", "surrogateescape") for argument in arguments]
 
 
@@ -121,7 +133,8 @@ def environment(
     values["NPM_CONFIG_UPDATE_NOTIFIER"] = "false"
     if python.is_dir():
         values["PYTHONPATH"] = f"{app_dir}/.aether/python"
-    values["PORT"] = str(spec.port if port is None else port)
+    if spec.port:
+        values["PORT"] = str(spec.port if port is None else port)
     for name, value in spec.env.items():
         if not _VARIABLE.fullmatch(name) or name in _SHELL_OWNED:
             raise BadRequest(f"'{name}' cannot name an environment variable of an app")
@@ -130,8 +143,11 @@ def environment(
     return values | spec.env
 
 
-def script(variables: dict[str, str], command: str, *, kind: str, pids: int = 0, folder: str = "/app") -> bytes:
-    """The inner script: limits (when `pids` is given), variables, then `/bin/sh -c command` in `folder`."""
+def script(
+    variables: dict[str, str], command: str, *, kind: str, pids: int = 0, folder: str = "/app", setsid: str = ""
+) -> bytes:
+    """The inner script: limits (when `pids` is given), variables, then `/bin/sh -c command` in `folder`; by `setsid`
+    the command leads a session of its own whose terminal is its stdin."""
     if "\0" in command:
         raise BadRequest("the start command contains a NUL byte")
     lines: list[str] = []
@@ -142,7 +158,8 @@ def script(variables: dict[str, str], command: str, *, kind: str, pids: int = 0,
         lines.append("unset PWD OLDPWD")
     lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
     lines.append(f"exec {SCRIPT_FD}<&- {ARGS_FD}<&- {SECCOMP_FD}<&- {STATUS_FD}<&-")
-    lines.append(f"exec /bin/sh -c {_quoted(command)}")
+    session = f"{_quoted(setsid)} --ctty --wait " if setsid else ""
+    lines.append(f"exec {session}/bin/sh -c {_quoted(command)}")
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
 

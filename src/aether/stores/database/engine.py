@@ -1,80 +1,134 @@
 """Transactions over a relational database named by a URL.
 
-Callers see `read()` and `write()` and write SQLAlchemy Core; which database answers is known here and in the
-migrations only. Schema changes are left to `aether.stores.database.schema`.
-
-SQLite settings and why:
-
-- WAL, so that readers never wait for the writer.
-- `synchronous=FULL`. NORMAL would already survive kill -9, because a committed page is in the kernel's cache;
-  FULL also keeps acknowledged deployments through a power cut, for one fdatasync per commit (0.2 ms on an
-  NVMe disk). The control plane commits tens of times per deployment, not thousands of times per second.
-- `BEGIN IMMEDIATE` for writers: a transaction that reads first and upgrades later can fail halfway with
-  SQLITE_BUSY and cannot be retried by the database; one that takes the lock first cannot.
-- Writers of this process queue on a lock, first come first served; SQLite's own busy handler sleeps and
-  polls, which starves. The busy timeout remains for other processes (backup, a second server).
+Callers see `read()` and `write()` and write SQLAlchemy Core. What SQLite and PostgreSQL want each is in the modules
+named after them; schema changes are left to `aether.stores.database.schema`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy import event
+import structlog
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from aether.model.errors import ServiceUnavailable
+from aether.model.database import alongside
+from aether.model.errors import AetherError, ServiceUnavailable
 from aether.stores.database import sqlite
+from aether.stores.database.ending import to_the_end
+from aether.stores.database.together import Together
 
-_T = TypeVar("_T")
-_BUSY_RETRY_SECS = 0.02
+if TYPE_CHECKING:
+    from aether.stores.database.postgresql import PostgreSQL
+
+_log = structlog.stdlib.get_logger("aether.database")
+_SCRUBBED = 1
+"""SQLite's user_version of a database that holds nothing from before variables were sealed."""
+
+
+class Kind(Protocol):
+    """One of the two databases."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+    def patient(self) -> dict[str, Any] | None:
+        """Options of an engine whose statements are not broken off; None when none is."""
+        ...
+
+    def listen(self, engine: sa.Engine) -> None: ...
+
+    async def prepare(self) -> None: ...
+
+    @property
+    def together(self) -> Together | None:
+        """What brief writers share; None where each has a transaction of its own."""
+        ...
+
+    def turn(self) -> AbstractAsyncContextManager[None]: ...
+
+    async def begin_read(self, connection: AsyncConnection, *, brief: bool) -> None: ...
+
+    async def begin_write(self, connection: AsyncConnection) -> None: ...
+
+    def meaning(self, error: BaseException) -> AetherError | None: ...
+
+    def is_spoilt(self, error: BaseException) -> bool: ...
 
 
 class Database:
-    """A bounded pool of connections with one queue of writers.
+    """A bounded pool of connections to `sqlite+aiosqlite:///FILE` or `postgresql://...`.
 
-    `timeout_secs` bounds every wait for a connection, for the writers' turn and for another process's lock;
-    past it the caller gets ServiceUnavailable.
+    `timeout_secs` bounds every wait for a connection, for the writers' turn and for another's lock; past it the
+    caller gets ServiceUnavailable. Raises ConfigError for a URL that is none.
     """
 
     def __init__(self, url: str, *, pool_size: int = 6, timeout_secs: float = 5.0) -> None:
-        self.url = sa.make_url(url)
         self._timeout = timeout_secs
-        self._is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._writers = asyncio.Lock()
-        special: dict[str, Any] = {"pool_pre_ping": True}
-        if self._is_sqlite:
-            path = self.url.database or ""
-            special = {"async_creator": lambda: sqlite.connect(path, timeout_secs)}
+        self.kind: Kind = (
+            sqlite.SQLite(url, timeout_secs) if url.startswith("sqlite") else _postgresql(url, timeout_secs)
+        )
         self.engine = create_async_engine(
-            self.url,
+            self.kind.url,
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=timeout_secs,
-            **special,
+            hide_parameters=True,  # what is written must not get into a log by way of an error
+            **self.kind.options,
         )
-        if self._is_sqlite:
-            event.listen(self.engine.sync_engine, "connect", _configure_sqlite)
-            event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
+        self.kind.listen(self.engine.sync_engine)
 
     async def open(self) -> None:
-        """Make the database file (0600) if absent and bring the schema to head. Raises ServiceUnavailable
-        when the database does not answer and ConfigError when a newer Aether made it."""
+        """Make SQLite's file (0600) if absent and bring the schema to head. Raises ServiceUnavailable when the
+        database does not answer and ConfigError when it refuses this server or a newer Aether made it."""
         from aether.stores.database import schema
 
-        if self._is_sqlite and self.url.database:
-            os.close(os.open(self.url.database, os.O_RDWR | os.O_CREAT, 0o600))
-        async with self._translated():
-            await schema.upgrade(self)
+        await self.kind.prepare()
+        # SQLite gives up at once, without the busy timeout, while another process turns a new file into WAL
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        while True:
+            try:
+                async with self._translated():
+                    await schema.upgrade(self)
+                return
+            except ServiceUnavailable as error:
+                late = asyncio.get_running_loop().time() >= deadline
+                if late or not (isinstance(error.__cause__, DBAPIError) and sqlite.is_busy(error.__cause__)):
+                    raise
+                await asyncio.sleep(sqlite.BUSY_RETRY_SECS)
+
+    async def scrub(self) -> None:
+        """Once in a database's life: rewrite it without what older versions left in free pages and in the log.
+
+        Noted in the file itself, so that a start broken off in the middle does it again. PostgreSQL has its vacuum.
+        """
+        if self.kind.name != "sqlite":
+            return
+        async with self._translated(), self.kind.turn(), self.engine.connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            assert raw is not None
+            [[version]] = await (await raw.execute("PRAGMA user_version")).fetchall()
+            if version >= _SCRUBBED:
+                return
+            await raw.execute("VACUUM")
+            await raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            await raw.execute(f"PRAGMA user_version={_SCRUBBED}")
 
     async def close(self) -> None:
+        if self.kind.together is not None:
+            await self.kind.together.close()
         await self.engine.dispose()
 
     async def check(self) -> None:
@@ -83,52 +137,87 @@ class Database:
             await tx.execute(sa.text("SELECT 1"))
 
     @asynccontextmanager
-    async def read(self) -> AsyncGenerator[AsyncConnection]:
+    async def read(self, *, brief: bool = False) -> AsyncGenerator[AsyncConnection]:
         """One snapshot. Raises ServiceUnavailable when no connection is free or the database is away."""
         async with self._translated(), self.engine.connect() as connection:
-            yield connection  # closing rolls back, shielded from cancellation
+            await self.kind.begin_read(connection, brief=brief)
+            try:
+                yield connection  # closing rolls back, shielded from cancellation
+            except Exception as error:
+                await self._discard_if_spoilt(connection, error)
+                raise
 
     @asynccontextmanager
-    async def write(self) -> AsyncGenerator[AsyncConnection]:
-        """One transaction that holds the write lock from its start; committed on leaving.
+    async def write(self, *, brief: bool = False) -> AsyncGenerator[AsyncConnection]:
+        """One transaction, committed on leaving; see `aether.model.database` for what it may rely on.
 
-        Raises ServiceUnavailable when the lock cannot be had in time or the database is full or away; then
-        nothing was written. A cancelled caller leaves either everything or nothing.
+        Raises ServiceUnavailable when what it needs cannot be had in time or the database is full or away; then
+        nothing was written, or, when the connection was lost in the very commit, everything may have been. A
+        cancelled caller leaves either everything or nothing.
         """
-        async with self._translated():
-            if not self._is_sqlite:
-                async with self.engine.connect() as connection, _ended(connection):
-                    yield connection
-                return
-            await self._take_turn()
-            try:
-                async with self.engine.connect() as connection:
-                    await self._begin_immediate(connection)
-                    async with _ended(connection):
-                        yield connection
-            finally:
-                self._writers.release()
+        async with self._translated(), self._begun(brief) as connection:
+            yield connection
+            if (more := alongside.get()) is not None:
+                await more(connection)
 
-    async def _take_turn(self) -> None:
+    @asynccontextmanager
+    async def _begun(self, brief: bool) -> AsyncGenerator[AsyncConnection]:
+        if brief and self.kind.together is not None:
+            async with self.kind.together.member(self.engine) as connection:
+                yield connection
+            return
+        async with self.kind.turn(), self.engine.connect() as connection:
+            await self.kind.begin_write(connection)
+            async with self._ended(connection):
+                yield connection
+
+    @asynccontextmanager
+    async def patient(self) -> AsyncGenerator[AsyncConnection]:
+        """As `write`, but a statement may take as long as it takes: for changes of the schema."""
+        patient = self.kind.patient()
+        if patient is None:
+            async with self.write() as tx:
+                yield tx
+            return
+        engine = create_async_engine(self.kind.url, poolclass=sa.NullPool, **patient)
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._writers.acquire()
-        except TimeoutError:
-            raise ServiceUnavailable("the database is busy: too many writers are waiting; try again") from None
+            async with self._translated(), engine.connect() as connection:
+                await self.kind.begin_write(connection)
+                async with self._ended(connection):
+                    yield connection
+        finally:
+            await engine.dispose()
 
-    async def _begin_immediate(self, connection: AsyncConnection) -> None:
-        """BEGIN IMMEDIATE, again while another process holds the lock (SQLite gives up at once in some
-        states, such as a WAL recovery under way, without consulting the busy timeout)."""
-        await connection.execution_options(aether_write=True)
-        deadline = asyncio.get_running_loop().time() + self._timeout
-        while True:
-            try:
-                await connection.begin()
-                return
-            except DBAPIError as error:
-                if not is_busy(error) or asyncio.get_running_loop().time() >= deadline:
-                    raise
-                await asyncio.sleep(_BUSY_RETRY_SECS)
+    @asynccontextmanager
+    async def _ended(self, connection: AsyncConnection) -> AsyncGenerator[None]:
+        """Commit on success, roll back on anything else; both run to their end even when the caller is cancelled,
+        because a connection abandoned in the middle of a commit would leave the outcome unknown."""
+        try:
+            yield
+        except BaseException as error:
+            if not await self._discard_if_spoilt(connection, error):
+                await to_the_end(self._roll_back(connection))
+            raise
+        try:
+            await to_the_end(connection.commit())
+        except Exception as error:
+            await self._discard_if_spoilt(connection, error)
+            raise
+
+    async def _roll_back(self, connection: AsyncConnection) -> None:
+        """What made it necessary is what the caller is told."""
+        try:
+            await connection.rollback()
+        except (DBAPIError, OSError) as error:
+            _log.debug("a transaction ended with its connection", error=str(error))
+            await connection.invalidate()
+
+    async def _discard_if_spoilt(self, connection: AsyncConnection, error: BaseException) -> bool:
+        """A connection that is no good any more is given back to nobody."""
+        if not self.kind.is_spoilt(error):
+            return False
+        await to_the_end(connection.invalidate())
+        return True
 
     @asynccontextmanager
     async def _translated(self) -> AsyncGenerator[None]:
@@ -138,76 +227,20 @@ class Database:
             raise
         except PoolTimeout:
             raise ServiceUnavailable("the database is busy: no connection became free in time; try again") from None
-        except DBAPIError as error:
-            if is_busy(error):
-                raise ServiceUnavailable("the database is locked by another process; try again") from error
-            if (reason := _outage(error)) is not None:
-                raise ServiceUnavailable(reason) from error
+        except AetherError:
             raise
-        except (sqlite3.OperationalError, OSError) as error:
-            raise ServiceUnavailable(f"the database cannot be reached: {error}") from error
+        except (DBAPIError, sqlite3.OperationalError, OSError) as error:
+            if (told := self.kind.meaning(error)) is None:
+                raise
+            raise told from error
+        except Exception as error:
+            # asyncpg's own, which nobody wraps while a connection is made
+            if not type(error).__module__.startswith("asyncpg.") or (told := self.kind.meaning(error)) is None:
+                raise
+            raise told from error
 
 
-@asynccontextmanager
-async def _ended(connection: AsyncConnection) -> AsyncGenerator[None]:
-    """Commit on success, roll back on anything else; both run to their end even when the caller is cancelled,
-    because a connection abandoned in the middle of a commit would leave the outcome unknown."""
-    try:
-        yield
-    except BaseException:
-        await _to_the_end(connection.rollback())
-        raise
-    await _to_the_end(connection.commit())
+def _postgresql(url: str, timeout_secs: float) -> PostgreSQL:
+    from aether.stores.database.postgresql import PostgreSQL
 
-
-async def _to_the_end(work: Awaitable[_T]) -> _T:
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # the caller's cancellation may arrive in the very step in which the work ends; it still counts
-            cancelled = cancelled or not task.cancelled()
-        except BaseException:  # noqa: BLE001 - the outcome is taken from the task below
-            break
-    if cancelled:
-        if not task.cancelled():
-            task.exception()
-        raise asyncio.CancelledError
-    return task.result()
-
-
-def is_busy(error: DBAPIError) -> bool:
-    """True when SQLite reports another connection's lock."""
-    name = getattr(error.orig, "sqlite_errorname", "") or ""
-    return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-
-
-def _outage(error: DBAPIError) -> str | None:
-    name = getattr(error.orig, "sqlite_errorname", "") or ""
-    if name.startswith("SQLITE_FULL"):
-        return "the disk that holds the database is full"
-    if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return f"the database cannot be used: {error.orig}"
-    if error.connection_invalidated:
-        return "the connection to the database was lost; try again"
-    return None
-
-
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "cache_size=-4096",
-        "temp_store=MEMORY",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    write = connection.get_execution_options().get("aether_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    return PostgreSQL(url, timeout_secs)

@@ -7,20 +7,25 @@ advisory lock keeps a second server waiting until the first is done.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from aether.model.errors import ConfigError
+from aether.model.errors import ConfigError, ServiceUnavailable
 
 if TYPE_CHECKING:
     from alembic.config import Config
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from aether.stores.database.engine import Database
 
-HEAD = "0003"
+HEAD = "0014"
 MIGRATIONS = Path(__file__).parent / "migrations"
+WAIT_SECS = 120.0
+"""How long a start waits for another one that changes the schema."""
+_AGAIN_SECS = 0.1
 _ADVISORY_LOCK = 0x0AE7_4E12
 
 
@@ -29,10 +34,20 @@ async def upgrade(database: Database) -> None:
     async with database.read() as tx:
         if await tx.run_sync(current) == HEAD:
             return
-    async with database.write() as tx:
+    async with database.patient() as tx:
         if tx.dialect.name == "postgresql":
-            await tx.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+            await _take_lock(tx)
         await tx.run_sync(_migrate)
+
+
+async def _take_lock(tx: AsyncConnection) -> None:
+    """Asked for again and again, because a wait at the server ends with the time that any lock may take."""
+    deadline = asyncio.get_running_loop().time() + WAIT_SECS
+    query = sa.text("SELECT pg_try_advisory_xact_lock(:key)")
+    while not await tx.scalar(query, {"key": _ADVISORY_LOCK}):
+        if asyncio.get_running_loop().time() >= deadline:
+            raise ServiceUnavailable("another server has been changing the schema of the database for minutes")
+        await asyncio.sleep(_AGAIN_SECS)
 
 
 def current(connection: sa.Connection) -> str | None:

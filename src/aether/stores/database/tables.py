@@ -127,6 +127,23 @@ tokens = sa.Table(
 )
 """`session` is the kind of logins made before there were refresh tokens; they end by their own time."""
 
+device_logins = sa.Table(
+    "device_logins",
+    metadata,
+    _id(),
+    sa.Column("device_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("user_code", sa.String(8), nullable=False, unique=True),
+    sa.Column("client", sa.String(100), nullable=False),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("grant", sa.Text, nullable=True),
+    _time("created_at"),
+    _time("expires_at"),
+    _one_of("status", ["pending", "approved", "denied", "used"]),
+    sa.Index(None, "expires_at"),
+)
+"""Machines that wait to be let in; `grant` names whose login they get, as JSON."""
+
 audit = sa.Table(
     "audit",
     metadata,
@@ -157,6 +174,49 @@ applications = sa.Table(
     _time("deleting_at", nullable=True),
 )
 
+hosts = sa.Table(
+    "hosts",
+    metadata,
+    _id(),
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("host", sa.String(253), nullable=False),
+    sa.Column("token", sa.String(64), nullable=False),
+    sa.Column("redirect_to", sa.String(253), nullable=True),
+    sa.Column("allow_http", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("hsts_secs", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("verified_by", sa.String(220), nullable=True),
+    _time("verified_at", nullable=True),
+    _time("checked_at", nullable=True),
+    sa.Column("problem", sa.Text, nullable=True),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    sa.UniqueConstraint("app_id", "host"),
+)
+"""Claims of apps to hosts; of a host at most one is verified."""
+sa.Index(
+    "ix_hosts_verified",
+    hosts.c.host,
+    unique=True,
+    sqlite_where=hosts.c.verified_at.is_not(None),
+    postgresql_where=hosts.c.verified_at.is_not(None),
+)
+
+certificates = sa.Table(
+    "certificates",
+    metadata,
+    sa.Column("host_id", sa.String(36), sa.ForeignKey("hosts.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("host", sa.String(253), nullable=False),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("issuer", sa.String(200), nullable=True),
+    sa.Column("fingerprint", sa.String(64), nullable=True),
+    _time("not_before", nullable=True),
+    _time("not_after", nullable=True),
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+    _time("next_attempt_at", nullable=True),
+    sa.Column("problem", sa.Text, nullable=True),
+    _one_of("source", ["given", "acme"]),
+)
+
 formations = sa.Table(
     "formations",
     metadata,
@@ -179,9 +239,27 @@ uploads = sa.Table(
     sa.Column("created_by", sa.String(200), nullable=False),
     _time("created_at"),
     _time("expires_at"),
+    sa.Column("signature", sa.String(128), nullable=True),
+    sa.Column("idempotency_key", sa.String(200), nullable=True),
+    sa.Column("multipart_id", sa.String(1024), nullable=True),
+    sa.Column("part_size_bytes", sa.BigInteger, nullable=True),
+    sa.Column("parts", sa.Text, nullable=True),
     _one_of("status", ["pending", "completing", "completed", "failed"]),
     sa.Index(None, "status", "expires_at"),
+    sa.Index(None, "app_id", "digest", "status"),
 )
+"""`multipart_id` is the store's own name of an upload in parts; `parts` is what it was completed with, as JSON."""
+
+idempotency_keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("key", sa.String(200), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    _time("created_at"),
+    sa.Index(None, "created_at"),
+)
+"""What a key of a completed upload was first used for, taken before anything is done under it."""
 
 artifacts = sa.Table(
     "artifacts",
@@ -198,12 +276,88 @@ artifacts = sa.Table(
     sa.Column("idempotency_key", sa.String(200), nullable=True),
     sa.Column("upload_id", sa.String(36), nullable=True),
     _time("created_at"),
+    _time("deleted_at", nullable=True),
+    _time("purged_at", nullable=True),
+    sa.Column("multipart_id", sa.String(1024), nullable=True),
+    sa.Column("signature", sa.String(128), nullable=True),
+    sa.Column("verified_by", sa.String(36), nullable=True),
+    sa.Column("manifest_digest", sa.String(64), nullable=True),
+    sa.Column("sbom_digest", sa.String(64), nullable=True),
+    sa.Column("provenance_digest", sa.String(64), nullable=True),
+    sa.Column("replacing", sa.String(100), nullable=True),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("app_id", "digest"),
     sa.UniqueConstraint("app_id", "idempotency_key"),
     sa.Index(None, "digest"),
-    sa.Index(None, "created_at", "id"),
+    sa.Index(None, "status", "created_at", "id"),
+    sa.Index(None, "app_id", "status", "created_at", "id"),
     _one_of("status", ["stored", "deleted"]),
 )
+"""`verified_by` is the public key that `verified` rests on. `replacing` is `<kind>:<SHA-256>` of a document that is
+being written over the one that its digest names."""
+
+attestations = sa.Table(
+    "attestations",
+    metadata,
+    sa.Column("artifact_id", sa.String(36), sa.ForeignKey("artifacts.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("builder", sa.String(300), nullable=False),
+    sa.Column("verified_by", sa.Text, nullable=False),
+    sa.Column("countersignatures", sa.Text, nullable=False),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    sa.Index(None, "created_at", "artifact_id"),
+)
+"""What is known of the provenance `sha256` of an artifact: ids of the public keys whose signatures held when it came,
+and the servers' own signatures, both as JSON. The one that counts is the artifact's `provenance_digest`."""
+
+attestation_keys = sa.Table(
+    "attestation_keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("public_key_hex", sa.String(64), nullable=False),
+    sa.Column("sealed", sa.Text, nullable=False),
+    sa.Column("place", sa.Integer, nullable=True, unique=True),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    _time("retired_at", nullable=True),
+    sa.CheckConstraint("place IN (1, 2)", name="place"),
+)
+"""The servers' own keys, with which they sign provenance that they have verified; the private halves are sealed. Two
+may sign at once, each in its place; a retired one has none."""
+
+public_keys = sa.Table(
+    "public_keys",
+    metadata,
+    _id(),
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("public_key_hex", sa.String(64), nullable=False),
+    sa.Column("active", sa.Boolean, nullable=False, server_default=sa.true()),
+    sa.Column("authorized_by", sa.String(36), nullable=True),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    _time("deactivated_at", nullable=True),
+    sa.UniqueConstraint("app_id", "public_key_hex"),
+)
+"""Whose signatures count for an app; `authorized_by` is the key that vouched for this one, None for an admin's."""
+
+artifact_events = sa.Table(
+    "artifact_events",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("artifact_id", sa.String(36), nullable=True),
+    sa.Column("upload_id", sa.String(36), nullable=True),
+    sa.Column("event", sa.String(32), nullable=False),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False, server_default=sa.text("''")),
+    _time("timestamp"),
+    sa.Index(None, "digest", "id"),
+    sa.Index(None, "app_id"),
+    sa.Index(None, "timestamp"),
+)
+"""What happened to an artifact, from the first URL that was signed for it."""
 
 configs = sa.Table(
     "configs",
@@ -216,6 +370,14 @@ configs = sa.Table(
     _time("created_at"),
     sa.UniqueConstraint("app_id", "version"),
 )
+
+secret_keys = sa.Table(
+    "secret_keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    _time("created_at"),
+)
+"""Ids of the keys that may have sealed `configs.env` or `deployments.env`; the keys are not in the database."""
 
 deployments = sa.Table(
     "deployments",
@@ -232,9 +394,12 @@ deployments = sa.Table(
     sa.Column("command", sa.Text, nullable=False),
     sa.Column("env", sa.Text, nullable=False, server_default="{}"),
     sa.Column("health", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("processes", sa.Text, nullable=False, server_default="{}"),
+    sa.Column("release_command", sa.Text, nullable=True),
     sa.Column("timeout_secs", sa.Float, nullable=False),
     sa.Column("rollout", sa.Text, nullable=False, server_default="{}"),
     sa.Column("rollout_step", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("volumes", sa.Text, nullable=False, server_default="[]"),
     sa.Column("description", sa.String(300), nullable=False, server_default=sa.text("''")),
     sa.Column("rollback_of", sa.String(36), nullable=True),
     sa.Column("idempotency_key", sa.String(200), nullable=True),
@@ -244,7 +409,6 @@ deployments = sa.Table(
     sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),
     sa.Column("lease_owner", sa.String(64), nullable=True),
-    _time("lease_expires_at", nullable=True),
     _time("created_at"),
     _time("rollout_started_at", nullable=True),
     _time("rollout_completed_at", nullable=True),
@@ -267,12 +431,31 @@ deployment_events = sa.Table(
     sa.Index(None, "deployment_id", "id"),
 )
 
+cron_runs = sa.Table(
+    "cron_runs",
+    metadata,
+    _id(),
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("deployment_id", sa.String(36), sa.ForeignKey("deployments.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("process", sa.String(40), nullable=False),
+    _time("scheduled_at"),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text, nullable=False, server_default=sa.text("''")),
+    sa.Column("exit_code", sa.Integer, nullable=True),
+    _time("started_at", nullable=True),
+    _time("ended_at", nullable=True),
+    sa.UniqueConstraint("app_id", "process", "scheduled_at"),
+    sa.Index(None, "status"),
+    _one_of("status", ["running", "succeeded", "failed", "timed_out", "skipped"]),
+)
+
 instances = sa.Table(
     "instances",
     metadata,
     _id(),
     sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
     sa.Column("deployment_id", sa.String(36), sa.ForeignKey("deployments.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("process", sa.String(40), nullable=False, server_default=sa.text("'web'")),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("restarts", sa.Integer, nullable=False, server_default="0"),
     _time("created_at"),
@@ -281,3 +464,36 @@ instances = sa.Table(
     sa.Index(None, "app_id", "status"),
     _one_of("status", ["starting", "ready", "draining", "stopped", "failed"]),
 )
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("owner", sa.String(64), nullable=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("renewals", sa.Integer, nullable=False),
+    sa.Column("ttl_secs", sa.Float, nullable=False),
+    _time("expires_at"),
+    sa.Index(None, "owner"),
+)
+"""Work that one server at a time does. `expires_at` is told to people; see `aether.leases.rules` for what counts."""
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    _id(),
+    sa.Column("app_id", sa.String(36), sa.ForeignKey("applications.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("deployment_id", sa.String(36), sa.ForeignKey("deployments.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("command", sa.Text, nullable=False),
+    sa.Column("console", sa.String(16), nullable=False),
+    sa.Column("timeout_secs", sa.Float, nullable=False),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    _time("ended_at", nullable=True),
+    sa.Column("exit_code", sa.Integer, nullable=True),
+    sa.Column("signal", sa.Integer, nullable=True),
+    sa.Column("reason", sa.Text, nullable=True),
+    sa.Index(None, "app_id", "created_at"),
+    sa.Index(None, "deployment_id"),
+)
+"""One-off runs, under way until `ended_at` is set."""

@@ -1,11 +1,12 @@
 """A directory as object store, with the two-phase contract that S3 has.
 
     .parts/<id>            being received; unknown to everybody else, swept at the next start
+    .multipart/<id>/       parts of an upload (`aether.stores.objects.multipart`)
     pending/<upload>       received in full, still replaceable by its signed URL
     claimed/<upload>       out of every URL's reach, being verified
     artifacts/...          final, read-only
 
-An object changes place only by rename. Nothing is flushed to the disk until `move`: before that the bytes are
+An object changes place only by rename. Uploads are not flushed to the disk until `move`: before that the bytes are
 worth nothing, because they are hashed again whenever somebody wants to use them; an acknowledged PUT still
 survives kill -9, since its bytes are the kernel's by then.
 """
@@ -14,25 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
-import shutil
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from aether.model.errors import BadRequest, Forbidden, NotFound, ServiceUnavailable
-from aether.model.names import new_id
-from aether.model.objects import SignedRequest
+from aether.model.objects import Part, SignedRequest
+from aether.stores.objects.multipart import Multiparts
+from aether.stores.objects.parts import check_number
+from aether.stores.objects.receiving import PartialObject, in_thread, sweep, sync_folder
 from aether.stores.objects.signing import Grant, UrlSigner, check_key
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _BUFFER_BYTES = 1 << 20
-_PENDING, _CLAIMED, _PARTS = "pending/", "claimed/", ".parts"
+_PENDING, _CLAIMED, _PARTS, _MULTIPART = "pending/", "claimed/", ".parts", ".multipart"
 
 
 class Allowed(Protocol):
@@ -42,29 +42,41 @@ class Allowed(Protocol):
     def key(self) -> str: ...
     @property
     def size_bytes(self) -> int: ...
+    @property
+    def multipart_id(self) -> str: ...
+    @property
+    def part(self) -> int: ...
 
 
 class FilesystemObjects:
-    """Objects below `root`, which must be one filesystem and belong to one server at a time."""
+    """Objects below `root`, which must be one filesystem. Signed URLs begin with `base_url`, which may be empty."""
 
-    def __init__(self, root: Path, signer: UrlSigner, *, threads: int = 4) -> None:
+    def __init__(
+        self, root: Path, signer: UrlSigner, *, base_url: str = "", threads: int = 4, flushes: int = 4
+    ) -> None:
         self._root = root
         self._signer = signer
+        self._base_url = base_url.rstrip("/")
         self._parts = root / _PARTS
+        self._multiparts = Multiparts(root / _MULTIPART, self._parts)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="objects")
+        # these wait for the disk, which flushes many together as fast as one, and need no CPU meanwhile
+        self._flushing = ThreadPoolExecutor(flushes, thread_name_prefix="flushes")
 
     async def open(self) -> None:
         """Make the folders and sweep what a killed server was receiving. Raises OSError."""
 
         def prepare() -> None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.rmtree(self._parts, ignore_errors=True)
-            self._parts.mkdir(mode=0o700)
+            self._parts.mkdir(mode=0o700, exist_ok=True)
+            sweep(self._parts)
+            self._multiparts.sweep()
 
         await self._run(prepare)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._threads.shutdown, wait=True)
+        for threads in (self._threads, self._flushing):
+            await asyncio.to_thread(threads.shutdown, wait=True)
 
     async def check(self) -> None:
         """Readiness: the folder can be written to. Raises ServiceUnavailable."""
@@ -79,21 +91,62 @@ class FilesystemObjects:
 
     # --- the registry's port
 
-    def sign_put(self, key: str, size_bytes: int, expires_secs: int) -> SignedRequest:
-        url, expires_at = self._signer.sign("PUT", key, expires_secs, size=size_bytes)
-        return SignedRequest("PUT", url, {}, expires_at)
+    async def sign_put(
+        self, key: str, size_bytes: int, expires_secs: int, *, sha256: str | None = None
+    ) -> SignedRequest:
+        """`sha256` is not enforced here: the registry hashes every byte anyway."""
+        return self._signed("PUT", key, expires_secs, size=size_bytes)
 
-    def sign_get(self, key: str, expires_secs: int, filename: str) -> SignedRequest:
-        url, expires_at = self._signer.sign("GET", key, expires_secs, filename=filename)
-        return SignedRequest("GET", url, {}, expires_at)
+    async def sign_get(self, key: str, expires_secs: int, filename: str) -> SignedRequest:
+        return self._signed("GET", key, expires_secs, filename=filename)
+
+    async def begin_multipart(self, key: str) -> str:
+        return await self._run(self._multiparts.begin, key)
+
+    async def sign_part(
+        self, key: str, multipart_id: str, number: int, size_bytes: int, expires_secs: int
+    ) -> SignedRequest:
+        check_number(number)
+        return self._signed("PUT", key, expires_secs, multipart=multipart_id, part=number, size=size_bytes)
+
+    async def parts(self, key: str, multipart_id: str) -> list[Part]:
+        return await self._run(self._multiparts.parts, key, multipart_id)
+
+    async def finish_multipart(self, key: str, multipart_id: str, parts: Sequence[tuple[int, str]]) -> None:
+        def finish() -> None:
+            try:
+                self._multiparts.finish(key, multipart_id, parts, self._path(key))
+            except NotFound:
+                if not self._path(key).exists() and not self._path(_claimed(key)).exists():
+                    raise
+
+        await self._run(finish)
+
+    async def abort_multipart(self, key: str, multipart_id: str) -> None:
+        await self._run(self._multiparts.abort, key, multipart_id)
+
+    async def multipart_uploads(self, prefix: str) -> AsyncIterator[tuple[str, str, float]]:
+        for found in await self._run(self._multiparts.uploads, prefix):
+            yield found
+
+    async def put(self, key: str, body: AsyncIterator[bytes], size_bytes: int | None = None) -> None:
+        target = self._path(key)
+        received = PartialObject(self._parts, size_bytes, lambda part, _: self._move(part, target), self._threads)
+        await received.begin()
+        try:
+            async for block in body:
+                await received.add(memoryview(block))
+            await received.finish()
+        finally:
+            await received.abort()
 
     async def size(self, key: str) -> int:
         return await self._run(lambda: os.stat(self._path(key)).st_size)
 
-    async def read(self, key: str, chunk_bytes: int = 1 << 20) -> AsyncGenerator[bytes]:
+    async def read(self, key: str, chunk_bytes: int = 1 << 20, start: int = 0) -> AsyncGenerator[bytes]:
         descriptor = await self._run(os.open, self._path(key), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            offset = 0
+            offset = start
             while block := await self._run(os.pread, descriptor, chunk_bytes, offset):
                 offset += len(block)
                 yield block
@@ -103,23 +156,30 @@ class FilesystemObjects:
     async def sha256(self, key: str) -> tuple[str, int]:
         return await self._run(_hash, self._path(key))
 
+    async def kept_sha256(self, key: str) -> str | None:
+        await self.size(key)
+        return None
+
     async def claim(self, key: str) -> str:
-        path = self._path(key)
-        if not key.startswith(_PENDING):
+        path, claimed = self._path(key), _claimed(key)
+        if claimed == key:
             raise BadRequest("only a pending object can be claimed")
-        claimed = _CLAIMED + key.removeprefix(_PENDING)
 
         def rename() -> str:
             target = self._path(claimed)
             if not target.exists():
                 target.parent.mkdir(mode=0o700, exist_ok=True)
-                os.rename(path, target)
+                try:
+                    os.rename(path, target)
+                except FileNotFoundError:
+                    if not target.exists():  # else somebody else was faster
+                        raise
             return claimed
 
         return await self._run(rename)
 
     async def move(self, source: str, target: str) -> None:
-        await self._run(self._move, self._path(source), self._path(target))
+        await in_thread(self._flushing, lambda: self._move(self._path(source), self._path(target)))
 
     async def delete(self, key: str) -> None:
         path = self._path(key)
@@ -153,16 +213,26 @@ class FilesystemObjects:
         return grant
 
     async def receive(self, grant: Allowed) -> PartialObject:
-        """Begin to receive an object. Raises ServiceUnavailable when it cannot fit on the disk."""
+        """Begin to receive an object or a part. Raises ServiceUnavailable when it cannot fit on the disk, NotFound
+        when the upload in parts is over."""
+        target = self._path(grant.key)
+        if grant.multipart_id:
+            await self.parts(grant.key, grant.multipart_id)
 
-        def begin() -> int:
-            disk = os.statvfs(self._parts)
-            if disk.f_bavail * disk.f_frsize < grant.size_bytes:
-                raise OSError(errno.ENOSPC, "no space")
-            return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        def publish(part: Path, etag: str) -> None:
+            if grant.multipart_id:
+                self._multiparts.add(grant.key, grant.multipart_id, grant.part, part, etag)
+            else:
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                part.rename(target)
 
-        part = self._parts / f"{new_id()}.part"
-        return PartialObject(await self._run(begin), part, self._path(grant.key), grant.size_bytes, self._threads)
+        return await PartialObject(self._parts, grant.size_bytes, publish, self._threads).begin()
+
+    # --- small things
+
+    def _signed(self, method: str, key: str, expires_secs: int, **fields: str | int) -> SignedRequest:
+        path, expires_at = self._signer.sign(method, key, expires_secs, **fields)
+        return SignedRequest(method, self._base_url + path, {}, expires_at)
 
     # --- in threads
 
@@ -192,98 +262,28 @@ class FilesystemObjects:
                     raise
         folder = target.parent
         while folder != self._root.parent:
-            _sync_folder(folder)
+            sync_folder(folder)
             folder = folder.parent
 
     def _walk(self, prefix: str) -> list[tuple[str, int, float]]:
         found: list[tuple[str, int, float]] = []
-        for folder, folders, files in os.walk(self._root / prefix.rstrip("/")):
-            if _PARTS in folders:
-                folders.remove(_PARTS)
+        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for name in files:
                 path = os.path.join(folder, name)
+                key = os.path.relpath(path, self._root)
                 with contextlib.suppress(FileNotFoundError):
-                    stat = os.stat(path)
-                    found.append((os.path.relpath(path, self._root), stat.st_size, stat.st_mtime))
+                    if key.startswith(prefix):
+                        stat = os.stat(path)
+                        found.append((key, stat.st_size, stat.st_mtime))
         return sorted(found)
 
     async def _run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await _in_thread(self._threads, lambda: work(*args, **kwargs))
+        return await in_thread(self._threads, lambda: work(*args, **kwargs))
 
 
-class PartialObject:
-    """An object that is being received; invisible until `finish`."""
-
-    def __init__(self, descriptor: int, part: Path, target: Path, size: int, threads: ThreadPoolExecutor) -> None:
-        self._descriptor = descriptor
-        self._part = part
-        self._target = target
-        self._size = size
-        self._threads = threads
-        self._written = 0
-        self._open = True
-        # A cancelled caller may abort while its last write is still in a thread: the descriptor must not be
-        # closed, and its number reused, under that write.
-        self._lock = threading.Lock()
-
-    async def add(self, block: memoryview) -> None:
-        """Append; the caller may reuse the block's memory afterwards. Raises ServiceUnavailable when the disk
-        is full."""
-        await self._run(self._add, block)
-
-    async def finish(self) -> None:
-        """Publish under the key, replacing what was there. Raises BadRequest unless the size is exact."""
-        await self._run(self._finish)
-
-    async def abort(self) -> None:
-        """Leave nothing behind; after `finish` it does nothing."""
-        if self._open:
-            await self._run(self._abort)
-
-    def _add(self, block: memoryview) -> None:
-        with self._lock:
-            while self._open and block:
-                written = os.write(self._descriptor, block)
-                self._written += written
-                block = block[written:]
-
-    def _finish(self) -> None:
-        with self._lock:
-            if not self._open:
-                raise BadRequest("the upload was given up; nothing was kept")
-            if self._written != self._size:
-                raise BadRequest(f"{self._written} bytes arrived, {self._size} were announced; nothing was kept")
-            self._target.parent.mkdir(mode=0o700, exist_ok=True)
-            os.rename(self._part, self._target)
-            self._open = False
-            os.close(self._descriptor)
-
-    def _abort(self) -> None:
-        with self._lock:
-            if self._open:
-                self._open = False
-                os.close(self._descriptor)
-                self._part.unlink(missing_ok=True)
-
-    async def _run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await _in_thread(self._threads, lambda: work(*args, **kwargs))
-
-
-async def _in_thread(threads: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
-    with _translated():
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
-
-
-@contextlib.contextmanager
-def _translated() -> Generator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound("the object does not exist") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServiceUnavailable("the disk that holds the artifacts is full; nothing was kept") from error
-        raise ServiceUnavailable(f"the object store cannot answer: {error.strerror}") from error
+def _claimed(key: str) -> str:
+    return _CLAIMED + key.removeprefix(_PENDING) if key.startswith(_PENDING) else key
 
 
 def _hash(path: Path) -> tuple[str, int]:
@@ -297,11 +297,3 @@ def _hash(path: Path) -> tuple[str, int]:
             digest.update(buffer[:count])
             size += count
     return digest.hexdigest(), size
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

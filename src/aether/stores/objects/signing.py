@@ -11,7 +11,7 @@ import hmac
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
@@ -19,7 +19,11 @@ from urllib.parse import parse_qsl, quote, urlencode
 from aether.model.errors import BadRequest, Forbidden
 
 _KEY_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-_FIELDS = {"PUT": ("size", "expires"), "GET": ("expires", "filename")}
+_FIELDS = {
+    "PUT": ("size", "expires"),
+    "PUT part": ("multipart", "part", "size", "expires"),
+    "GET": ("expires", "filename"),
+}
 MAX_KEY = 300
 
 
@@ -39,6 +43,9 @@ class Grant:
     key: str
     size_bytes: int = 0
     filename: str = ""
+    multipart_id: str = ""
+    part: int = 0
+    """Number of the part of that upload."""
 
 
 class UrlSigner:
@@ -52,27 +59,38 @@ class UrlSigner:
         """(URL path with query, expiry in seconds since the epoch)."""
         expires_at = int(self._clock()) + expires_secs
         values = {name: str(value) for name, value in {**fields, "expires": expires_at}.items()}
-        values["signature"] = self._signature(method, check_key(key), values)
+        values["signature"] = self._signature(_kind(method, values), check_key(key), values)
         return f"/objects/{quote(key)}?{urlencode(values)}", expires_at
 
     def check(self, method: str, key: str, query: str) -> Grant:
         """Raises Forbidden unless `sign` made exactly this request and it has not expired."""
-        names = _FIELDS.get(method, ())
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=8) if query.count("&") < 8 else []
         values = dict(pairs)
+        kind = _kind(method, values)
+        names = _FIELDS.get(kind, ())
         if len(values) != len(pairs) or set(values) != {*names, "signature"}:
             raise Forbidden("the URL is not one that was signed here")
         given = values.pop("signature")
-        if not hmac.compare_digest(given.encode(), self._signature(method, key, values).encode()):
+        if not hmac.compare_digest(given.encode(), self._signature(kind, key, values).encode()):
             raise Forbidden("the URL was altered, or signed for something else")
         if int(values["expires"]) < self._clock():
             raise Forbidden("the URL has expired; ask for a new one")
-        return Grant(check_key(key), int(values.get("size", "0")), values.get("filename", ""))
+        return Grant(
+            check_key(key),
+            int(values.get("size", "0")),
+            values.get("filename", ""),
+            values.get("multipart", ""),
+            int(values.get("part", "0")),
+        )
 
-    def _signature(self, method: str, key: str, values: dict[str, str]) -> str:
-        names = _FIELDS[method]
-        text = "\n".join([method, key, *(f"{name}={quote(values[name], safe='')}" for name in names)])
+    def _signature(self, kind: str, key: str, values: dict[str, str]) -> str:
+        names = _FIELDS[kind]
+        text = "\n".join([kind, key, *(f"{name}={quote(values[name], safe='')}" for name in names)])
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _kind(method: str, values: Mapping[str, str]) -> str:
+    return f"{method} part" if "part" in values else method
 
 
 def load_key(file: Path) -> bytes:

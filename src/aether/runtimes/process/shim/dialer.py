@@ -2,7 +2,8 @@
 
 It is a process of its own because joining a user namespace cannot be undone. On its control socket it receives
 clients; a client sends 4-byte request numbers, each answered by the number, an errno in two bytes (0: connected)
-and the connected socket. It ends when the keeper closes the control socket.
+and the connected socket. It ends when the keeper closes the control socket. Being where the instance's routes are, it
+also keeps those that refuse networks (see `routes`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import select
 import socket
 import struct
 import time
+
+from .routes import Follower
 
 CONNECT_SECS = 5.0
 _NS_GET_USERNS = 0xB701
@@ -54,21 +57,6 @@ def await_loopback(limit_secs: float = 10.0) -> None:
             link.recv(65536)
 
 
-def refuse_link_local() -> None:
-    """Make 169.254.0.0/16 unreachable: that is where clouds serve their machines' credentials."""
-    route = struct.pack("=BBBBBBBBI", socket.AF_INET, 16, 0, 0, 254, 4, 0, 7, 0)  # main table, static, unreachable
-    destination = struct.pack("=HH4s", 8, 1, socket.inet_aton("169.254.0.0"))
-    length = 16 + len(route) + len(destination)
-    header = struct.pack("=IHHII", length, 24, 0x605, 1, 0)  # RTM_NEWROUTE; request, ack, create, append-free
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
-        link.settimeout(1.0)
-        link.sendto(header + route + destination, (0, 0))
-        answer = link.recv(4096)
-    number = -struct.unpack_from("=i", answer, 16)[0]
-    if number not in (0, errno.EEXIST):
-        raise OSError(number, os.strerror(number))
-
-
 class Attempt:
     """One connection being made for `client` under request `number`."""
 
@@ -81,10 +69,12 @@ class Attempt:
 
 
 class Dialer:
-    def __init__(self, control: socket.socket, port: int) -> None:
+    def __init__(self, control: socket.socket, port: int, follower: Follower | None) -> None:
         self._control = control
         self._port = port
         self._poll = select.epoll()
+        self._follower = follower
+        self._news = follower.register(self._poll) if follower is not None else -1
         self._clients: dict[int, socket.socket] = {}
         self._attempts: dict[int, Attempt] = {}
         self._poll.register(control.fileno(), select.EPOLLIN)
@@ -97,6 +87,8 @@ class Dialer:
                         return
                 elif fd in self._attempts:
                     self._settle(fd)
+                elif fd == self._news and self._follower is not None:
+                    self._hear(self._follower)
                 elif fd in self._clients:
                     self._requests(self._clients[fd])
             now = time.monotonic()
@@ -113,6 +105,12 @@ class Dialer:
             self._clients[fd] = client
             self._poll.register(fd, select.EPOLLIN)
         return bool(message)
+
+    def _hear(self, follower: Follower) -> None:
+        try:
+            follower.news()
+        except OSError as error:  # the next news try again; connections to the instance matter more than this process
+            os.write(2, f"aether: the machine's new addresses could not be refused: {error}\n".encode())
 
     def _requests(self, client: socket.socket) -> None:
         while len(self._attempts) < _MAX_UNDER_WAY:

@@ -1,7 +1,8 @@
 """The log of one instance on disk, in the CRI format `RFC3339Nano stdout|stderr F|P text`.
 
-Lines longer than LINE_LIMIT become several `P` records and a last `F`. Times strictly grow, so a time names a
-record. A full disk loses lines, never the application: what was lost is counted and said once space is back.
+Lines longer than LINE_LIMIT become several `P` records and a last `F`. Each file opens with a record of the stream
+`aether` that says how many records came before it, so a reader can number records and count those it missed. Times
+strictly grow. A full disk loses lines, never the application: what was lost is counted and said once space is back.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ LINE_LIMIT = 16 * 1024
 """Bytes of text in one record at most."""
 
 _SECOND = 1_000_000_000
+_HEAD_BYTES = 64
+"""Room kept in each file for its first record."""
+_BEFORE = b" aether B "
 
 
 def stamp(time_ns: int) -> str:
     """`time_ns` since the epoch as RFC 3339 in UTC with nine decimals: fixed width, so text order is time order."""
     seconds, rest = divmod(time_ns, _SECOND)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:09d}Z"
+
+
+def records_before(start: bytes) -> tuple[int, int] | None:
+    """How many records came before a file that begins with `start`, and where its own begin; None without a head."""
+    line, newline, _ = start.partition(b"\n")
+    if not newline or line[30:40] != _BEFORE or not line[40:].isdigit():
+        return None
+    return int(line[40:]), len(line) + 1
 
 
 class Splitter:
@@ -62,7 +74,8 @@ class Journal:
 
     def __init__(self, path: bytes, limit: int) -> None:
         self._path = path
-        self._limit = limit
+        self._limit = max(1, limit - _HEAD_BYTES) if limit else 0
+        self._records = 0
         self._fd = -1
         self._size = 0
         self._last_ns = 0
@@ -113,9 +126,9 @@ class Journal:
             size += len(batch[0])
         try:
             if self._fd < 0:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                self._size = os.fstat(self._fd).st_size
-            data = memoryview(b"".join(batch))
+                self._open()
+            head = b"" if self._size else b"%s%s%d\n" % (batch[0].split(b" ", 1)[0], _BEFORE, self._records)
+            data = memoryview(head + b"".join(batch))
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
@@ -123,8 +136,17 @@ class Journal:
             self._reason = os.strerror(error.errno) if error.errno else str(error)
             self._undo()
         else:
-            self._size += size
+            self._size += size + len(head)
+            self._records += len(batch)
             self._dropped = 0
+
+    def _open(self) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._fd).st_size
+        if self._size and not self._records:
+            text = os.pread(self._fd, self._size, 0)
+            before, start = records_before(text) or (0, 0)
+            self._records = before + text.count(b"\n", start)
 
     def _undo(self) -> None:
         if self._fd >= 0:

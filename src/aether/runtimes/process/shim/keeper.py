@@ -1,8 +1,11 @@
 """The keeper's loop: holds the instance's pipes, writes its log, stops and reaps it, answers on `shim.sock`.
 
 Messages on the socket (one datagram each): `status` -> `running` or `exited ...`; `subscribe` -> `log` whenever the
-log grew and `exited CODE SIGNAL OOM` at the end; `stop MILLISECONDS` -> `ok`; `dial` hands the connection to the
-dialer. The keeper's flock on `lock` says that it lives; `state.json` says how the instance ended.
+log grew and `exited CODE SIGNAL OOM EXPIRED` at the end; `stop MILLISECONDS` -> `ok`; `dial` hands the connection to
+the dialer; `attach` joins it to the standard streams of a run (see `console`), `window ROWS COLUMNS` and `signal N`
+are for such a run. The keeper's flock on `lock` says that it lives; `state.json` says how the instance ended.
+
+A run is on a leash: when whoever was attached is gone, or its time is over, the keeper ends it, server or no server.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import time
 from collections.abc import Callable
 
 from . import launch
+from .console import READ_BYTES, Console
 from .journal import Journal, Splitter
-from .plan import NONE, Plan
+from .plan import NONE, TERMINAL, Plan
 from .processes import below, send, started
 from .remains import empty_cgroups, memory_kills, write_state
+from .restarts import Restarts
 
 SOCKET = "shim.sock"
 STATE = "state.json"
@@ -27,6 +32,16 @@ LOCK = "lock"
 _READ_BYTES = 64 * 1024
 _DRAIN_SECS = 3.0
 _SHUTDOWN_SECS = 10.0
+_DIALER, _EGRESS = "dialer", "egress"
+_NAMESPACES_GO_SECS = 0.1
+"""The namespaces of a sandbox that ends are gone a moment before its first process is: what fails in between was not
+killed."""
+_ATTACH_SECS = 20.0
+"""How long a run may wait for its caller to attach."""
+_STALLED_SECS = 60.0
+"""How long an attached reader may stand still before the last output of a run is given up."""
+_HANG_UP = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
+"""An interactive shell ignores SIGTERM, other programs SIGHUP; a stopped one hears neither until it goes on."""
 
 
 def main() -> None:
@@ -76,12 +91,18 @@ class Keeper:
         self._dialer: socket.socket | None = None
         self._egress_pid = 0
         self._egress_handle = -1
+        self._restarts = Restarts()
+        self._egress_status: int | None = None
+        """How slirp4netns ended, as long as that has not been told."""
         self._stopping = False
         self._killed = False
         self._deadline = 0.0
         self._wait_status: int | None = None
         self._drain_until = 0.0
         self._exit = ""
+        self._console: Console | None = None
+        self._expires = 0.0
+        self._expired = False
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -92,12 +113,15 @@ class Keeper:
         signal.signal(signal.SIGTERM, self._terminated)
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        self._watch(wakeup, lambda: self._woken(wakeup))
-        self._watch(self._listener.fileno(), self._accept)
+        self.watch(wakeup, lambda: self._woken(wakeup))
+        self.watch(self._listener.fileno(), self._accept)
         if self._plan.kind == NONE:
             launch.adopt_orphans()
         self._start()
-        os.write(1, b"ok\n")
+        try:
+            os.write(1, b"ok\n")
+        except BrokenPipeError:
+            pass  # whoever asked for the start was killed; what has begun goes on and is adopted
         null = os.open("/dev/null", os.O_RDWR)
         for target in (0, 1):
             os.dup2(null, target)
@@ -106,43 +130,71 @@ class Keeper:
             for fd, _ in self._poll.poll(self._timeout()):
                 if handler := self._handlers.get(fd):
                     handler()
-            if self._deadline and not self._killed and time.monotonic() >= self._deadline:
-                self._kill()
+            now = time.monotonic()
+            self._keep_time(now)
+            for helper in self._restarts.take(now):
+                self._mend(helper)
         self._finish()
 
     def _terminated(self, _number: int, _frame: object) -> None:
         self._stop(_SHUTDOWN_SECS)
 
+    def _keep_time(self, now: float) -> None:
+        if self._deadline and not self._killed and now >= self._deadline:
+            self._kill()
+        if self._stopping or self._wait_status is not None:
+            return
+        if self._expires and now >= self._expires:
+            self._expired = True
+            self._journal.notice(f"ended: its time of {self._plan.expires_ms / 1000:g} s is over")
+            self._stop(_SHUTDOWN_SECS, _HANG_UP)
+        elif self._console is not None and self._console.waiting and now >= self._console.attach_by:
+            self._hang_up()
+
     def _start(self) -> None:
-        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
-        self._main = launch.command(self._plan, pipes[0][1], pipes[1][1], pipes[2][1])
+        theirs, ours, stdin = launch.standard_streams(self._plan)
+        status, status_end = os.pipe2(os.O_CLOEXEC)
+        self._main = launch.command(self._plan, theirs, status_end)
         self._main_start = started(self._main)
-        for _, write in pipes:
-            os.close(write)
-        for name, (read, _) in zip((b"stdout", b"stderr"), pipes, strict=False):
+        for fd in {*theirs, status_end}:
+            os.close(fd)
+        for read, name in ours.items():
             os.set_blocking(read, False)
             self._streams[read] = (name, Splitter())
-            self._watch(read, lambda fd=read: self._read_output(fd))
-        status = pipes[2][0]
+        if self._plan.console:
+            tty, attach_by = self._plan.console == TERMINAL, time.monotonic() + _ATTACH_SECS
+            self._console = Console(self, stdin, tty, attach_by, self._read_streams, self._hang_up)
+        else:
+            self._read_streams()
+        if self._plan.expires_ms:
+            self._expires = time.monotonic() + self._plan.expires_ms / 1000
         os.set_blocking(status, False)
-        self._watch(status, lambda: self._read_status(status))
+        self.watch(status, lambda: self._read_status(status))
         self._record("running")
 
     def _timeout(self) -> float:
+        now = time.monotonic()
         if self._wait_status is not None:
-            return max(0.0, self._drain_until - time.monotonic())
-        if self._deadline and not self._killed:
-            return max(0.0, self._deadline - time.monotonic())
-        return -1
+            times = [self._drain_until]
+        else:
+            times = [due] if (due := self._restarts.next()) is not None else []
+            times += [self._deadline] if self._deadline and not self._killed else []
+            if not self._stopping:
+                times += [self._expires] if self._expires else []
+                times += [self._console.attach_by] if self._console is not None and self._console.waiting else []
+        return max(0.0, min(times) - now) if times else -1
 
     def _done(self) -> bool:
         if self._wait_status is None:
             return False
-        return not self._streams or time.monotonic() >= self._drain_until
+        blocked = self._console is not None and (self._console.waiting or self._console.blocked)
+        return (not self._streams and not blocked) or time.monotonic() >= self._drain_until
 
     def _finish(self) -> None:
         for name, splitter in self._streams.values():
             self._journal.append(name, splitter.flush())
+        if self._console is not None:
+            self._console.close()
         kills = memory_kills(self._plan.memory_events)
         if kills:
             self._journal.notice("a process was killed because the memory limit was reached")
@@ -156,12 +208,14 @@ class Keeper:
         code, number = self._outcome()
         out_of_memory = kills > 0 and code != 0 and not self._stopping
         self._exit = (
-            f"exited {'-' if code is None else code} {'-' if number is None else number} {int(out_of_memory)}"
+            f"exited {'-' if code is None else code} {'-' if number is None else number} {int(out_of_memory)} "
+            f"{int(self._expired)}"
         )
         self._record(
             "exited",
             f'"code": {"null" if code is None else code}, "signal": {"null" if number is None else number}, '
-            f'"out_of_memory": {"true" if out_of_memory else "false"}',
+            f'"out_of_memory": {"true" if out_of_memory else "false"}, '
+            f'"expired": {"true" if self._expired else "false"}',
         )
         self._journal.close()
         if os.path.lexists(SOCKET):
@@ -180,11 +234,14 @@ class Keeper:
 
     # --- descriptors ------------------------------------------------------------------------------------------
 
-    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def watch(self, fd: int, handler: Callable[[], None], mask: int = select.EPOLLIN) -> None:
         self._handlers[fd] = handler
-        self._poll.register(fd, select.EPOLLIN)
+        self._poll.register(fd, mask)
 
-    def _unwatch(self, fd: int) -> None:
+    def change(self, fd: int, mask: int) -> None:
+        self._poll.modify(fd, mask)
+
+    def unwatch(self, fd: int) -> None:
         del self._handlers[fd]
         self._poll.unregister(fd)
 
@@ -201,36 +258,103 @@ class Keeper:
                 self._ended(status)
             elif pid == self._egress_pid:
                 self._egress_pid = 0
-                # one that found its namespace already gone has nothing to tell
-                if not self._stopping and started(self._init) == self._init_start:
-                    self._journal.notice(f"outgoing connections ended: slirp4netns gave status {status}")
+                os.close(self._egress_handle)
+                self._egress_handle = -1
+                if self._runs():
+                    self._egress_status = status
+                    self._restarts.ended(_EGRESS, time.monotonic(), at_least=_NAMESPACES_GO_SECS)
             elif pid == self._dialer_pid:
                 self._dialer_pid = 0
                 self._forget_dialer()
+                if self._runs():
+                    self._restarts.ended(_DIALER, time.monotonic())
+
+    def _runs(self) -> bool:
+        """Whether the sandbox is there and is to stay: helpers that find its namespaces gone end rightly."""
+        return not self._stopping and self._init > 0 and started(self._init) == self._init_start
+
+    def _mend(self, helper: str) -> None:
+        """Start a helper again that ended while the app goes on."""
+        if not self._runs():
+            return
+        if helper == _DIALER:
+            self._begin_dialer()
+            return
+        if self._egress_status is not None:
+            self._journal.notice(
+                f"outgoing connections were cut: slirp4netns gave status {self._egress_status}; it is started again"
+            )
+            self._egress_status = None
+        self._begin_egress()
 
     def _ended(self, status: int) -> None:
         self._wait_status = status
-        self._drain_until = time.monotonic() + _DRAIN_SECS
+        self._drain_until = time.monotonic() + (_DRAIN_SECS if self._console is None else _STALLED_SECS)
+        if self._console is not None and self._console.waiting:
+            self._drain_until = self._console.attach_by
         if self._init_handle >= 0:
             self._signal_init(signal.SIGKILL)
         elif self._plan.kind == NONE:
             self._kill_tree()
 
+    def _read_streams(self) -> None:
+        """Read output from now on: nobody who is attached is behind."""
+        for fd in self._streams:
+            if fd not in self._handlers:
+                self.watch(fd, lambda fd=fd: self._read_output(fd))
+
     def _read_output(self, fd: int) -> None:
+        if fd not in self._handlers:
+            return  # this turn's reading of the other stream has filled the connection
         name, splitter = self._streams[fd]
         try:
-            data = os.read(fd, _READ_BYTES)
+            data = os.read(fd, _READ_BYTES if self._console is None else READ_BYTES)
         except BlockingIOError:
             return
-        pieces = splitter.feed(data) if data else splitter.flush()
+        except OSError:
+            data = b""  # how a terminal says that nobody has it open any more
+        pieces: list[tuple[bool, bytes]] = []
+        if self._plan.console != TERMINAL:  # what a terminal shows is no text for a log
+            pieces = splitter.feed(data) if data else splitter.flush()
         if not data:
-            self._unwatch(fd)
+            self.unwatch(fd)
             os.close(fd)
             del self._streams[fd]
         if pieces:
             self._journal.append(name, pieces)
             for subscriber in list(self._subscribers):
                 self._tell(subscriber, b"log")
+        if data and self._console is not None:
+            self._console.send(b"1" if name == b"stdout" else b"2", data)
+            if self._wait_status is not None:
+                self._drain_until = time.monotonic() + _STALLED_SECS
+            if self._console.blocked:
+                for other in self._streams:
+                    if other in self._handlers:
+                        self.unwatch(other)
+
+    def _attach(self, fd: int) -> None:
+        console = self._console
+        if console is None or not console.waiting:
+            self._drop(fd)
+            return
+        self.unwatch(fd)
+        self._tell(fd, b"ok")
+        console.attach(self._clients.pop(fd))
+        if self._wait_status is not None:
+            self._drain_until = time.monotonic() + _STALLED_SECS
+        self._read_streams()
+
+    def _hang_up(self) -> None:
+        """Nobody is attached any more: end the run."""
+        self._stop(_SHUTDOWN_SECS, _HANG_UP)
+        if self._wait_status is not None:
+            self._drain_until = min(self._drain_until, time.monotonic() + _DRAIN_SECS)
+
+    def _signal_all(self, number: int) -> None:
+        root = os.getpid() if self._plan.kind == NONE else self._init
+        if root and not self._stopping:
+            self._terminate(root, {self._dialer_pid, self._egress_pid}, (number,))
 
     def _read_status(self, fd: int) -> None:
         try:
@@ -238,7 +362,7 @@ class Keeper:
         except BlockingIOError:
             return
         if not data:
-            self._unwatch(fd)
+            self.unwatch(fd)
             os.close(fd)
             return
         self._status += data
@@ -255,35 +379,49 @@ class Keeper:
         except OSError:
             return  # already over; the end arrives as the exit of the sandbox program
         self._init, self._init_start = init, started(init)
-        self._watch(self._init_handle, self._init_ended)
+        self.watch(self._init_handle, self._init_ended)
         self._record("running")
-        try:
-            self._dialer_pid, self._dialer = launch.dialer(init, self._plan.port)
-            self._watch(self._dialer.fileno(), self._network_up)
-        except OSError as error:
-            self._journal.notice(f"the network of this instance is incomplete: {error}")
+        self._begin_dialer()
         if self._stopping:
             self._kill()
+
+    def _begin_dialer(self) -> None:
+        """Start the dialer and give it the connections that wait for one."""
+        self._restarts.begun(_DIALER, time.monotonic())
+        try:
+            self._dialer_pid, self._dialer = launch.dialer(self._init, self._plan)
+        except OSError as error:
+            self._journal.notice(f"the network of this instance is incomplete: {error}")
+            self._restarts.ended(_DIALER, time.monotonic())
+            return
+        self.watch(self._dialer.fileno(), self._network_up)
         waiting, self._waiting_dials = self._waiting_dials, []
         for fd in waiting:
             self._hand_over(fd)
+
+    def _begin_egress(self) -> None:
+        self._restarts.begun(_EGRESS, time.monotonic())
+        try:
+            self._egress_pid, self._egress_handle = launch.egress(self._plan.slirp, self._init)
+        except OSError as error:
+            self._journal.notice(f"this instance has no outgoing connections: {error}")
+            self._restarts.ended(_EGRESS, time.monotonic())
 
     def _network_up(self) -> None:
         if self._dialer is None:
             return
         try:
-            message = self._dialer.recv(16)
+            message = self._dialer.recv(512)
         except OSError:
             message = b""
-        self._unwatch(self._dialer.fileno())
-        if message and self._plan.slirp and not self._egress_pid and self._init_handle >= 0:
-            try:
-                self._egress_pid, self._egress_handle = launch.egress(self._plan.slirp, self._init)
-            except OSError as error:
-                self._journal.notice(f"this instance has no outgoing connections: {error}")
+        self.unwatch(self._dialer.fileno())
+        if message and message != b"up":
+            self._journal.notice(f"this instance has no outgoing connections: {message.decode(errors='replace')}")
+        elif message and self._plan.slirp and not self._egress_pid and self._init_handle >= 0:
+            self._begin_egress()
 
     def _init_ended(self) -> None:
-        self._unwatch(self._init_handle)
+        self.unwatch(self._init_handle)
         os.close(self._init_handle)
         self._init_handle = -1
         send(self._main, self._main_start, signal.SIGCONT)
@@ -298,12 +436,12 @@ class Keeper:
         client.setblocking(False)
         fd = client.fileno()
         self._clients[fd] = client
-        self._watch(fd, lambda: self._request(fd))
+        self.watch(fd, lambda: self._request(fd))
 
     def _drop(self, fd: int) -> None:
         self._subscribers.discard(fd)
         if fd in self._handlers:
-            self._unwatch(fd)
+            self.unwatch(fd)
         self._clients.pop(fd).close()
 
     def _request(self, fd: int) -> None:
@@ -322,12 +460,17 @@ class Keeper:
         elif word == b"stop" and argument.isdigit():
             self._stop(int(argument) / 1000)
             self._tell(fd, b"ok")
+        elif word == b"attach":
+            self._attach(fd)
+        elif word == b"window" and self._console is not None:
+            rows, _, columns = argument.partition(b" ")
+            if rows.isdigit() and columns.isdigit():
+                self._console.resize(min(int(rows), 0xFFFF), min(int(columns), 0xFFFF))
+        elif word == b"signal" and argument.isdigit():
+            self._signal_all(int(argument))
         elif word == b"dial":
-            if self._init:
-                self._hand_over(fd)
-            else:
-                self._unwatch(fd)  # what follows is for the dialer to read
-                self._waiting_dials.append(fd)
+            self.unwatch(fd)  # what follows is for the dialer to read
+            self._hand_over(fd)
         else:
             self._drop(fd)
 
@@ -340,47 +483,52 @@ class Keeper:
             self._drop(fd)
 
     def _hand_over(self, fd: int) -> None:
+        """Give a client to the dialer, or let it wait for one."""
         if self._dialer is not None:
             try:
                 socket.send_fds(self._dialer, [b"c"], [fd])
             except OSError:
-                self._forget_dialer()
-        self._drop(fd)
+                self._forget_dialer()  # it has just ended: the next one is started when that is noticed
+            else:
+                self._drop(fd)
+                return
+        self._waiting_dials.append(fd)
 
     def _forget_dialer(self) -> None:
         if self._dialer is not None:
             if self._dialer.fileno() in self._handlers:
-                self._unwatch(self._dialer.fileno())
+                self.unwatch(self._dialer.fileno())
             self._dialer.close()
             self._dialer = None
 
     # --- the end ----------------------------------------------------------------------------------------------
 
-    def _stop(self, grace_secs: float) -> None:
+    def _stop(self, grace_secs: float, numbers: tuple[int, ...] = (signal.SIGTERM,)) -> None:
         deadline = time.monotonic() + grace_secs
         self._deadline = min(self._deadline, deadline) if self._stopping else deadline
         if self._stopping or self._wait_status is not None:
             return
         self._stopping = True
         if self._plan.kind == NONE:
-            self._terminate(os.getpid(), {self._dialer_pid, self._egress_pid})
+            self._terminate(os.getpid(), {self._dialer_pid, self._egress_pid}, numbers)
         elif self._init == 0:
             self._kill()
         elif self._init_handle >= 0:
             # The sandbox program ends everything as soon as the first process ends. It is held still, so that
             # `npm start` or a shell may go first and the server behind it still gets its grace.
             send(self._main, self._main_start, signal.SIGSTOP)
-            if not self._terminate(self._init, set()):
+            if not self._terminate(self._init, set(), numbers):
                 self._kill()
 
-    def _terminate(self, root: int, spared: set[int]) -> int:
+    def _terminate(self, root: int, spared: set[int], numbers: tuple[int, ...]) -> int:
         told: dict[int, int] = {}
         for _ in range(3):  # again, for what was being forked meanwhile
             fresh = {pid: start for pid, start in below(root).items() if told.get(pid) != start and pid not in spared}
             if not fresh:
                 break
             for pid, start in fresh.items():
-                send(pid, start, signal.SIGTERM)
+                for number in numbers:
+                    send(pid, start, number)
             told |= fresh
         return len(told)
 

@@ -7,25 +7,24 @@ import resource
 import signal
 import socket
 
-from .plan import ARGS_FD, NONE, SCRIPT_FD, SECCOMP_FD, STATUS_FD, Plan
+from .plan import ARGS_FD, NONE, SCRIPT_FD, SECCOMP_FD, STATUS_FD, TERMINAL, Plan
 
 _PARKED = 200
 """Descriptors are moved here first so that laying them out cannot overwrite one that is still needed."""
 
 
-def command(plan: Plan, stdout: int, stderr: int, status: int) -> int:
+def command(plan: Plan, streams: tuple[int, int, int], status: int) -> int:
     """Fork and run the plan's program inside its cgroups; returns its pid. Errors appear on its stderr."""
     arguments = _memory("arguments", b"".join(item + b"\0" for item in plan.options))
     script = _memory("script", plan.script)
     seccomp = _memory("filter", bytes.fromhex(plan.filter_hex))
-    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    layout = {0: null, 1: stdout, 2: stderr, SCRIPT_FD: script}
+    layout = {0: streams[0], 1: streams[1], 2: streams[2], SCRIPT_FD: script}
     if plan.kind != NONE:
         layout |= {ARGS_FD: arguments, SECCOMP_FD: seccomp, STATUS_FD: status}
     pid = os.fork()
     if pid == 0:
         _become(plan, layout)
-    for fd in (arguments, script, seccomp, null):
+    for fd in (arguments, script, seccomp):
         os.close(fd)
     return pid
 
@@ -48,12 +47,47 @@ def _become(plan: Plan, layout: dict[int, int]) -> None:
             _limit(resource.RLIMIT_DATA, plan.data_bytes)
         if plan.kind == NONE:
             os.setsid()
+            if plan.console == TERMINAL:
+                take_terminal()
             _die_with_parent()
         os.execve(plan.argv[0], plan.argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"})
     except (OSError, ValueError) as error:
         os.write(2, f"aether: cannot start: {error}\n".encode())
     finally:
         os._exit(127)
+
+
+def standard_streams(plan: Plan) -> tuple[tuple[int, int, int], dict[int, bytes], int]:
+    """Open what the program gets as its standard streams.
+
+    Returns its ends; the keeper's ends of its output by name; and the keeper's end of its input, -1 for none.
+    """
+    if plan.console == TERMINAL:
+        ours, theirs = os.openpty()
+        _give(plan, theirs)
+        return (theirs, theirs, theirs), {ours: b"stdout"}, os.dup(ours)
+    out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    read, write = (os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1)
+    if plan.console:
+        os.close(read)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        _give(plan, read)
+    for fd in (out[1], err[1]):
+        _give(plan, fd)
+    return (read, out[1], err[1]), {out[0]: b"stdout", err[0]: b"stderr"}, write
+
+
+def _give(plan: Plan, fd: int) -> None:
+    """Let the program open the stream again as /dev/stdout: that checks who owns it."""
+    if plan.owner >= 0:
+        os.fchown(fd, plan.owner, -1)
+
+
+def take_terminal() -> None:
+    """Make stdin the controlling terminal of this session (TIOCSCTTY)."""
+    import fcntl
+
+    fcntl.ioctl(0, 0x540E, 0)
 
 
 def _limit(kind: int, value: int) -> None:
@@ -87,10 +121,11 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def dialer(init_pid: int, port: int) -> tuple[int, socket.socket]:
+def dialer(init_pid: int, plan: Plan) -> tuple[int, socket.socket]:
     """Fork the dialer into the network namespace of `init_pid`; returns its pid and control socket.
 
-    It says `up` on the socket when the sandbox has set up its loopback device: nobody may touch the network before.
+    It says `up` on the socket when the sandbox has set up its loopback device and what must not be reached is
+    refused: nobody may touch the network before. Anything else it says is why there must be no way out.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -103,17 +138,28 @@ def dialer(init_pid: int, port: int) -> tuple[int, socket.socket]:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
-            from .dialer import Dialer, await_loopback, enter, refuse_link_local
+            from .dialer import Dialer, await_loopback, enter
 
-            enter(init_pid, user_namespace=os.geteuid() != 0)
+            follower = None
+            if plan.slirp:
+                from .routes import Follower, Machine, Refusals, parse
+
+                machine = Machine()
+                enter(init_pid, user_namespace=os.geteuid() != 0)
+                refusals = Refusals([parse(item) for item in plan.refused], [parse(item) for item in plan.allowed])
+                follower = Follower(machine, refusals)
+            else:
+                enter(init_pid, user_namespace=os.geteuid() != 0)
             await_loopback()
-            os.write(keep, b"up")
             try:
-                refuse_link_local()
+                if follower is not None:
+                    follower.begin()
+                os.write(keep, b"up")
             except OSError as error:
-                # without a route there is no egress to refuse; with one the notice is what an operator needs
-                os.write(2, f"aether: link-local addresses stay reachable: {error}\n".encode())
-            Dialer(socket.socket(fileno=keep), port).serve()
+                # fail closed: what cannot be refused is not connected to anything
+                follower = None
+                os.write(keep, b"refused nothing: " + str(error).encode()[:200])
+            Dialer(socket.socket(fileno=keep), plan.port, follower).serve()
             status = 0
         finally:
             os._exit(status)

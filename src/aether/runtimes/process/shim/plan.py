@@ -8,13 +8,20 @@ from __future__ import annotations
 
 BUBBLEWRAP = "bubblewrap"
 NONE = "none"
+PIPES, TERMINAL = "pipes", "terminal"
+"""How somebody is attached to an instance: to its three standard streams, or to a terminal that is all of them."""
 
 ARGS_FD, SECCOMP_FD, STATUS_FD, SCRIPT_FD = 3, 4, 5, 9
 """Descriptors the started program finds: sandbox arguments, syscall filter, sandbox status, shell script."""
 
 
 class Plan:
-    """One instance to run. Byte strings are paths or arguments exactly as the kernel takes them."""
+    """One instance to run. Byte strings are paths or arguments exactly as the kernel takes them.
+
+    `console` is empty, PIPES or TERMINAL; `expires_ms` ends the instance after that time, 0 never; `owner` is the uid
+    that may open the standard streams again by name (/dev/stdout), -1 for the keeper's own.
+    `refused` are networks without a way out; the machine's own addresses join them unless in one of `allowed`.
+    """
 
     def __init__(
         self,
@@ -32,6 +39,11 @@ class Plan:
         slirp: bytes,
         open_files: int,
         data_bytes: int,
+        refused: list[bytes],
+        allowed: list[bytes],
+        console: str = "",
+        expires_ms: int = 0,
+        owner: int = -1,
     ) -> None:
         self.kind = kind
         self.argv = argv
@@ -46,12 +58,19 @@ class Plan:
         self.slirp = slirp
         self.open_files = open_files
         self.data_bytes = data_bytes
+        self.console = console
+        self.expires_ms = expires_ms
+        self.owner = owner
+        self.refused = refused
+        self.allowed = allowed
 
     def encode(self) -> bytes:
         items: list[bytes] = [b"kind=" + self.kind.encode()]
         items += [b"argv=" + item for item in self.argv]
         items += [b"option=" + item for item in self.options]
         items += [b"cgroup=" + item for item in self.cgroups]
+        items += [b"refused=" + item for item in self.refused]
+        items += [b"allowed=" + item for item in self.allowed]
         items += [
             b"script=" + self.script,
             b"filter=" + self.filter_hex.encode(),
@@ -62,6 +81,9 @@ class Plan:
             b"slirp=" + self.slirp,
             b"open_files=%d" % self.open_files,
             b"data_bytes=%d" % self.data_bytes,
+            b"console=" + self.console.encode(),
+            b"expires_ms=%d" % self.expires_ms,
+            b"owner=%d" % self.owner,
         ]
         if any(b"\0" in item for item in items):
             raise ValueError("a NUL byte can be part of no path, argument or variable")
@@ -91,4 +113,9 @@ class Plan:
             slirp=one(b"slirp"),
             open_files=int(one(b"open_files")),
             data_bytes=int(one(b"data_bytes")),
+            console=one(b"console").decode(),
+            expires_ms=int(one(b"expires_ms")),
+            owner=int(one(b"owner")),
+            refused=found.get(b"refused", []),
+            allowed=found.get(b"allowed", []),
         )

@@ -1,0 +1,1 @@
+"""Drivers that keep keys outside the database."""

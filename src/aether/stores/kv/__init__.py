@@ -1,0 +1,1 @@
+"""Key-value stores: drivers of the port in `aether.model.kv`."""

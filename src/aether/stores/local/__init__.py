@@ -1,0 +1,1 @@
+"""What the drivers for a single machine share: a SQLite file of many processes, its wakes, and a clock."""

@@ -1,0 +1,1 @@
+"""Queues: drivers of the port in `aether.model.queue`."""
