@@ -1,4 +1,5 @@
-"""Names at the end every component that a machine could not give; in CI a missing one fails the run."""
+"""Names at the end every component that a machine could not give, which fails the run in CI, and what an object store
+that was tested does not support, which does not."""
 
 from __future__ import annotations
 
@@ -7,13 +8,19 @@ import os
 import pytest
 from hypothesis import settings
 
-# CI judges a change by the same examples every time; everybody else's runs search on
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+from support.databases import database, database_url, flag, own_postgresql, postgresql
 
-_MISSING = "component:"
+__all__ = ["database", "database_url", "own_postgresql", "postgresql"]
+
+# CI judges a change by the same examples every time; everybody else's runs search on. How long an example takes says
+# how busy the machine is: time is bounded for whole tests only.
+settings.register_profile("search", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "search")
+
+_MISSING, _UNSUPPORTED = "component:", "unsupported:"
 _not_run: dict[str, list[str]] = {}
+_unsupported: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -21,11 +28,22 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
         if reason.startswith(_MISSING):
             _not_run.setdefault(reason.removeprefix(_MISSING).strip(), []).append(report.nodeid)
+        elif reason.startswith(_UNSUPPORTED):
+            _unsupported.add(reason.removeprefix(_UNSUPPORTED).strip())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, tests in sorted(_not_run.items()):
         terminalreporter.write_line(f"not run: {name} ({len(tests)} tests)", yellow=True)
+    for what in sorted(_unsupported):
+        terminalreporter.write_line(f"not supported: {what}", yellow=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if flag("AETHER_FAST_TEST"):
+        for item in items:
+            if item.get_closest_marker("heavy"):
+                item.add_marker(pytest.mark.skip(reason="heavy, and AETHER_FAST_TEST is set"))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -70,11 +70,13 @@ def test_an_app_runs_in_a_sandbox_of_its_own(up: Product, tmp_path: Path) -> Non
     assert seen["env"]["COLOUR"] == "green"
     assert seen["env"]["NODE_ENV"] == "production"
     leaked = {k for k in seen["env"] if k.startswith("AETHER_")}
-    assert leaked == {"AETHER_APP", "AETHER_DEPLOYMENT_ID", "AETHER_ARTIFACT_DIGEST"}
+    assert leaked == {"AETHER_APP", "AETHER_DEPLOYMENT_ID", "AETHER_ARTIFACT_DIGEST", "AETHER_PROCESS"}
 
 
 def test_doctor_says_which_sandbox_and_why(up: Product) -> None:
     checks = up.run("doctor", "--format", "json")
+    use = next(found["message"] for found in checks.json["checks"] if found["name"] == "disk use")
+    assert [part.split()[0] for part in use.split(", ")] == ["artifacts", "releases", "logs", "volumes", "database"]
     assert "bubblewrap" in checks.stdout
 
 

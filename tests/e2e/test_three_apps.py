@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 from pathlib import Path
 
@@ -32,8 +33,10 @@ def test_deploy_change_and_roll_back(up: Product, tmp_path: Path, example: str) 
     assert set(first) == FIELDS
     assert first["app"] == app
     assert first["status"] == "active"
-    assert first["sbom"] is None
+    assert json.loads(Path(first["sbom"]).read_text())["bomFormat"] == "CycloneDX"
+    assert json.loads(Path(first["manifest"]).read_text())["digest"] == first["digest"]
     assert first["signature"] is None
+    assert first["provenance"] is None
     assert set(first["timings_ms"]) == {"detect", "install", "pack", "upload", "rollout", "total"}
     assert hashlib.sha256(Path(first["artifact"]).read_bytes()).hexdigest() == first["digest"]
     assert first["bytes_uploaded"] == first["size_bytes"] == Path(first["artifact"]).stat().st_size

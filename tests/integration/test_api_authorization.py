@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from aether.api.authorization import ROUTES, WEBSOCKET
+from support import supply
 from support.server import Server, hello, server
 
 CALLERS = ("anonymous", "reader", "owner", "other", "admin")
@@ -33,29 +34,57 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
     ("POST", "/auth/refresh"): ("/auth/refresh", {}, 400, 400, 400, 400, 400),
     ("POST", "/auth/logout"): ("/auth/logout", None, 401, 204, 204, 204, 204),
     ("GET", "/auth/whoami"): ("/auth/whoami", None, 401, 200, 200, 200, 200),
+    ("POST", "/auth/device"): ("/auth/device", {"client": "{me}"}, 201, 201, 201, 201, 201),
+    ("POST", "/auth/device/token"): ("/auth/device/token", {"device_code": "?"}, 404, 404, 404, 404, 404),
+    ("GET", "/auth/device/{user_code}"): ("/auth/device/{code}", None, 401, 200, 200, 200, 200),
+    ("POST", "/auth/device/{user_code}"): ("/auth/device/BBBB-BBBB", {"approve": True}, 401, 404, 404, 404, 404),
     ("POST", "/users"): ("/users", {"name": "u-{me}"}, 401, 403, 403, 403, 201),
     ("GET", "/users"): ("/users", None, 401, 403, 403, 403, 200),
     ("PATCH", "/users/{name}"): ("/users/victim", {"disabled": False}, 401, 403, 403, 403, 200),
     ("POST", "/teams"): ("/teams", {"name": "t-{me}"}, 401, 403, 403, 403, 201),
     ("GET", "/teams"): ("/teams", None, 401, 200, 200, 200, 200),
+    ("DELETE", "/teams/{team}"): ("/teams/web", None, 401, 403, 403, 403, 409),
     ("PUT", "/teams/{team}/members/{user}"): ("/teams/spare/members/victim", None, 401, 403, 403, 403, 200),
     ("DELETE", "/teams/{team}/members/{user}"): ("/teams/spare/members/victim", None, 401, 403, 403, 403, 204),
     ("POST", "/tokens"): ("/tokens", {"name": "x", "user": "victim", "role": "reader"}, 401, 403, 403, 403, 201),
     ("GET", "/tokens"): ("/tokens", None, 401, 200, 200, 200, 200),
     ("DELETE", "/tokens/{token_id}"): ("/tokens/{token}", None, 401, 404, 404, 404, 204),
     ("GET", "/audit"): ("/audit", None, 401, 403, 403, 403, 200),
+    ("POST", "/gc"): ("/gc", {"dry_run": True}, 401, 403, 403, 403, 200),
+    ("POST", "/backup"): ("/backup", {"keys": "?"}, 401, 403, 403, 403, 400),
     ("POST", "/apps"): ("/apps", {"name": "made-by-{me}"}, 401, 403, 201, 201, 201),
     ("GET", "/apps"): ("/apps", None, 401, 200, 200, 200, 200),
     ("GET", "/apps/{app}"): ("/apps/shop", None, 401, 200, 200, 404, 200),
+    ("PATCH", "/apps/{app}"): ("/apps/shop", {"owner": "nobody"}, 401, 403, 404, 404, 404),
     ("DELETE", "/apps/{app}"): ("/apps/doomed-{me}", None, 401, 403, 204, 404, 204),
     ("GET", "/apps/{app}/deployments"): ("/apps/shop/deployments", None, 401, 200, 200, 404, 200),
     ("GET", "/apps/{app}/releases"): ("/apps/shop/releases", None, 401, 200, 200, 404, 200),
     ("POST", "/apps/{app}/rollback"): ("/apps/shop/rollback", {"digest": "?"}, 401, 403, 400, 404, 400),
     ("POST", "/apps/{app}/scale"): ("/apps/shop/scale", {"web": 99}, 401, 403, 400, 404, 400),
     ("GET", "/apps/{app}/config"): ("/apps/shop/config", None, 401, 200, 200, 404, 200),
+    ("GET", "/apps/{app}/config/changes"): (
+        "/apps/shop/config/changes?a={id}&b={id}", None, 401, 200, 200, 404, 200,
+    ),
     ("PUT", "/apps/{app}/config"): ("/apps/shop/config", {}, 401, 403, 200, 404, 200),
     ("GET", "/apps/{app}/logs"): ("/apps/shop/logs", None, 401, 200, 200, 404, 200),
     (WEBSOCKET, "/apps/{app}/logs"): ("/apps/shop/logs?follow=false", None, 401, 101, 101, 403, 101),
+    ("GET", "/apps/{app}/hosts"): ("/apps/shop/hosts", None, 401, 200, 200, 404, 200),
+    ("POST", "/apps/{app}/hosts"): ("/apps/shop/hosts", {"host": "*.shop.test"}, 401, 403, 400, 404, 400),
+    ("POST", "/apps/{app}/hosts/{host}/verify"): ("/apps/shop/hosts/shop.test/verify", None, 401, 403, 200, 404, 200),
+    ("PUT", "/apps/{app}/hosts/{host}/certificate"): (
+        "/apps/shop/hosts/shop.test/certificate", {"chain": "", "key": ""}, 401, 403, 409, 404, 409,
+    ),
+    ("DELETE", "/apps/{app}/hosts/{host}/certificate"): (
+        "/apps/shop/hosts/shop.test/certificate", None, 401, 403, 409, 404, 409,
+    ),
+    ("DELETE", "/apps/{app}/hosts/{host}"): ("/apps/shop/hosts/{me}.shop.test", None, 401, 403, 204, 404, 204),
+    ("POST", "/apps/{app}/runs"): ("/apps/shop/runs", {"command": ""}, 401, 403, 400, 404, 400),
+    ("GET", "/apps/{app}/runs"): ("/apps/shop/runs", None, 401, 200, 200, 404, 200),
+    ("GET", "/apps/{app}/runs/{run_id}"): ("/apps/shop/runs/x", None, 401, 404, 404, 404, 404),
+    ("POST", "/apps/{app}/runs/{run_id}/stop"): ("/apps/shop/runs/x/stop", {}, 401, 403, 404, 404, 404),
+    (WEBSOCKET, "/apps/{app}/runs/{run_id}/attach"): ("/apps/shop/runs/x/attach", None, 401, 403, 403, 403, 403),
+    ("GET", "/apps/{app}/volumes"): ("/apps/shop/volumes", None, 401, 200, 200, 404, 200),
+    ("DELETE", "/apps/{app}/volumes/{volume}"): ("/apps/shop/volumes/x", None, 401, 403, 404, 404, 404),
     ("POST", "/deployments"): ("/deployments", {"app": "shop", "digest": "?"}, 401, 403, 400, 404, 400),
     ("GET", "/deployments"): ("/deployments?app=shop", None, 401, 200, 200, 404, 200),
     ("GET", "/deployments/{deployment_id}"): ("/deployments/{id}", None, 401, 200, 200, 404, 200),
@@ -69,10 +98,46 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
     ("POST", "/artifacts/complete"): (
         "/artifacts/complete", {"app": "shop", "upload_id": "x"}, 401, 403, 400, 404, 400,
     ),
+    ("POST", "/artifacts/multipart/init"): (
+        "/artifacts/multipart/init", {"app": "shop", "digest": "{digest}", "size_bytes": 1}, 401, 403, 200, 404, 200,
+    ),
+    ("POST", "/artifacts/multipart/presign-part"): (
+        "/artifacts/multipart/presign-part", {"app": "shop", "upload_id": "x"}, 401, 403, 400, 404, 400,
+    ),
+    ("POST", "/artifacts/multipart/complete"): (
+        "/artifacts/multipart/complete", {"app": "shop", "upload_id": "x"}, 401, 403, 400, 404, 400,
+    ),
+    ("POST", "/artifacts"): ("/artifacts?app=shop", None, 401, 403, 400, 404, 400),
     ("GET", "/artifacts"): ("/artifacts?app=shop", None, 401, 200, 200, 404, 200),
     ("HEAD", "/artifacts/{digest}"): ("/artifacts/{digest}", None, 401, 200, 200, 404, 200),
     ("GET", "/artifacts/{digest}/meta"): ("/artifacts/{digest}/meta", None, 401, 200, 200, 404, 200),
     ("GET", "/artifacts/{digest}/download"): ("/artifacts/{digest}/download", None, 401, 307, 307, 404, 307),
+    ("GET", "/artifacts/{digest}/events"): ("/artifacts/{digest}/events?app=shop", None, 401, 200, 200, 404, 200),
+    ("PUT", "/artifacts/{digest}/pin"): ("/artifacts/{digest}/pin", None, 401, 403, 200, 404, 200),
+    ("DELETE", "/artifacts/{digest}/pin"): ("/artifacts/{digest}/pin", None, 401, 403, 200, 404, 200),
+    **{
+        ("POST", f"/artifacts/{{digest}}/{kind}"): (
+            f"/artifacts/{{digest}}/{kind}", {}, 401, 403, 400, 404, 400,
+        ) for kind in ("manifest", "sbom", "provenance")
+    },
+    **{
+        ("GET", f"/artifacts/{{digest}}/{kind}"): (
+            f"/artifacts/{{digest}}/{kind}", None, 401, 200, 200, 404, 200,
+        ) for kind in ("manifest", "sbom", "provenance")
+    },
+    ("GET", "/provenance"): ("/provenance?app=shop", None, 401, 200, 200, 404, 200),
+    ("GET", "/provenance/keys"): ("/provenance/keys", None, 401, 200, 200, 200, 200),
+    ("POST", "/provenance/keys"): ("/provenance/keys", None, 401, 403, 403, 403, 201),
+    ("DELETE", "/provenance/keys/{key_id}"): ("/provenance/keys/x", None, 401, 403, 403, 403, 404),
+    ("GET", "/provenance/{digest}"): ("/provenance/{digest}", None, 401, 200, 200, 404, 200),
+    ("GET", "/provenance/{digest}/attestation"): (
+        "/provenance/{digest}/attestation", None, 401, 200, 200, 404, 200,
+    ),
+    ("GET", "/apps/{app}/public-keys"): ("/apps/shop/public-keys", None, 401, 200, 200, 404, 200),
+    ("POST", "/apps/{app}/public-keys"): (
+        "/apps/shop/public-keys", {"public_key_hex": "?"}, 401, 403, 400, 404, 400,
+    ),
+    ("DELETE", "/apps/{app}/public-keys/{key_id}"): ("/apps/shop/public-keys/x", None, 401, 403, 404, 404, 404),
 }  # fmt: skip
 
 
@@ -112,9 +177,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             assert up.api("PUT", f"/teams/web/members/{name}")[0] == 200
         for app in ("shop", *(f"doomed-{caller}" for caller in CALLERS)):
             assert up.api("POST", "/apps", {"name": app, "team": "web"})[1]["owner"] == "web"
+        for host in ("shop.test", *(f"{caller}.shop.test" for caller in CALLERS)):
+            assert up.api("POST", "/apps/shop/hosts", {"host": host})[0] == 201
         deployed = up.deploy("shop", hello("shop"))
+        digest = deployed["digest"]
+        documents = {
+            "manifest": supply.manifest(digest),
+            "sbom": supply.sbom(digest),
+            "provenance": supply.envelope("shop", digest, supply.Signer()),
+        }
+        for kind, body in documents.items():
+            assert up.api("POST", f"/artifacts/{digest}/{kind}", body)[0] == 201
         token = up.api("POST", "/tokens", {"name": "ci", "user": "victim"})[1]
         facts = {"digest": deployed["digest"], "id": deployed["id"], "token": token["id"]}
+        facts["code"] = up.api("POST", "/auth/device", {"client": "laptop"})[1]["user_code"]
         made = World(up, facts, {})
         made.tokens.update({caller: made.login(caller) for caller in CALLERS[1:]})
         yield made

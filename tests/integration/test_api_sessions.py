@@ -12,6 +12,8 @@ from aether.identity.roles import Role
 from support.identity import PASSWORD, add_user, bearer, drawn, login, refresh
 from support.served import Served, served
 
+pytestmark = pytest.mark.usefixtures("database_url")
+
 
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Served]:

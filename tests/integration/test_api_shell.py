@@ -19,7 +19,10 @@ from aether.api.authorization import WEBSOCKET, routes_of
 from aether.api.server import ApiServer, unix_socket
 from support.served import Served, served
 
+pytestmark = pytest.mark.usefixtures("database_url")
+
 EXEMPT = {"/healthz", "/health", "/readyz", "/startupz", "/auth/login", "/auth/refresh"}
+DEVICES = {"/auth/device", "/auth/device/token"}
 SPEC_METRICS = """
 artifact_presign_requests_total artifact_presign_failures_total artifact_complete_failures_total
 artifact_upload_bytes_total artifact_digest_mismatch_total artifact_size_exceeded_total
@@ -65,7 +68,7 @@ async def test_every_route_needs_a_token_but_the_listed_ones(api: Served) -> Non
             {"Authorization": "tok-admin"},
         ):
             status, answered, body = await anonymous(api, method, path, headers=headers)
-            assert (status == 401) == (path not in EXEMPT), (method, path, status)
+            assert (status == 401) == (path not in EXEMPT | DEVICES), (method, path, status)
             if status == 401:
                 assert answered["WWW-Authenticate"] == 'Basic realm="aether", Bearer'
                 assert b'"unauthorized"' in body or method == "HEAD"
@@ -73,7 +76,7 @@ async def test_every_route_needs_a_token_but_the_listed_ones(api: Served) -> Non
 
 
 async def test_every_change_needs_more_than_reader(api: Served) -> None:
-    free = {"/auth/login", "/auth/logout", "/auth/refresh", "/tokens", "/tokens/x"}
+    free = DEVICES | {"/auth/device/x", "/auth/login", "/auth/logout", "/auth/refresh", "/tokens", "/tokens/x"}
     changes = [(m, p) for m, p in every_route(api) if m in ("POST", "PUT", "PATCH", "DELETE") and p not in free]
     assert len(changes) >= 5
     for method, path in changes:
@@ -156,7 +159,7 @@ async def test_without_auth_required_everybody_is_admin(tmp_path: Path) -> None:
         ("POST", "/artifacts/presign", {"data": b"[]"}, 400, "bad_request"),
         ("POST", "/artifacts/presign", {"json": {}}, 400, "bad_request"),
         ("POST", "/artifacts/presign", {"data": b"\xff\xfe"}, 400, "bad_request"),
-        ("POST", "/artifacts/presign", {"data": io.BytesIO(b"x" * 4_500_000)}, 413, "payload_too_large"),
+        ("POST", "/artifacts/presign", {"data": b"x" * 4_500_000}, 413, "payload_too_large"),
         ("GET", "/artifacts?limit=x", {}, 400, "bad_request"),
         ("GET", "/artifacts/ABC/meta", {}, 400, "invalid_digest"),
         ("POST", "/objects/pending/x", {}, 405, "bad_request"),
@@ -168,6 +171,8 @@ async def test_without_auth_required_everybody_is_admin(tmp_path: Path) -> None:
 async def test_every_failure_is_an_envelope(
     api: Served, method: str, path: str, options: dict[str, Any], status: int, code: str
 ) -> None:
+    if "data" in options:
+        options = {"data": io.BytesIO(options["data"])}
     async with api.client.request(method, api.base + path, **options) as answer:
         body = await answer.json()
     assert (answer.status, body["code"]) == (status, code)
@@ -248,9 +253,13 @@ async def test_the_description_is_openapi_3_1(api: Served) -> None:
     assert set(spec["components"]["schemas"]["Error"]["properties"]) == {"code", "message", "details", "trace_id"}
     for path in spec["paths"].values():
         for operation in path.values():
-            assert "default" in operation["responses"]
+            assert {"500", "503"} <= operation["responses"].keys()
+            refusals = [answer for status, answer in operation["responses"].items() if status >= "400"]
+            schemas = [answer["content"]["application/json"]["schema"] for answer in refusals]
+            assert schemas == [{"$ref": "#/components/schemas/Error"}] * len(refusals)
     parameters = [p["name"] for p in spec["paths"]["/artifacts"]["get"]["parameters"]]
-    assert sorted(parameters) == ["app", "cursor", "limit"]
+    filters = ["app", "before", "cursor", "digest", "limit", "runtime", "since", "verified"]
+    assert sorted(parameters) == filters
 
 
 async def test_swagger_needs_no_internet(api: Served) -> None:
@@ -306,11 +315,34 @@ async def test_an_upload_under_way_may_end_while_the_server_stops(api: Served) -
 async def test_too_many_changes_at_once_are_told_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aether.api.shell._CONTROL_WAIT_SECS", 0.05)
     async with served(tmp_path, AETHER_MAX_CONCURRENT_CONTROL="1") as api:
+        await api.add_app("shop")
+        began, over = asyncio.Event(), asyncio.Event()
+        presign = api.registry.uploads.presign
+
+        async def lasting(*arguments: Any, **named: Any) -> Any:
+            began.set()
+            await over.wait()
+            return await presign(*arguments, **named)
+
+        monkeypatch.setattr(api.registry.uploads, "presign", lasting)
+        first = asyncio.create_task(api.presign("shop", b"first"))
+        await began.wait()
+        status, error = await api.call("POST", "/artifacts/presign", json={})
+        assert (status, error["code"]) == (503, "service_unavailable")
+        assert (await api.call("GET", "/artifacts"))[0] == 200
+        over.set()
+        assert (await first)["method"] == "PUT"
+
+
+async def test_bodies_are_bounded_in_size_and_time(tmp_path: Path) -> None:
+    async with served(tmp_path, AETHER_API_BODY_TIMEOUT_SECS="0.2") as api:
+        status, _, body = await anonymous(api, "POST", "/auth/login", data=b" " * 70_000)
+        assert (status, json.loads(body)["code"]) == (413, "payload_too_large")
         with socket.create_connection(("127.0.0.1", api.port)) as slow:
-            head = "POST /artifacts/presign HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer tok-admin\r\n"
-            slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 10\r\n\r\n".encode())
-            while (await api.call("POST", "/artifacts/presign", json={}))[0] != 503:
-                await asyncio.sleep(0.005)
-            status, error = await api.call("POST", "/artifacts/presign", json={})
-            assert (status, error["code"]) == (503, "service_unavailable")
-            assert (await api.call("GET", "/artifacts"))[0] == 200
+            slow.sendall(b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            slow.settimeout(10)
+            answer = b""
+            while b"}" not in answer:
+                answer += await asyncio.to_thread(slow.recv, 65536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"did not come within 0.2 s" in answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,10 @@ from aether.model.times import now_us
 from aether.settings import StaticToken
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import tokens
+from support.databases import everything_in
 from support.identity import CHEAP
 
 ROB = StaticToken("plain", "reader", "rob")
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    made = Database(f"sqlite+aiosqlite:///{tmp_path}/aether.db")
-    await made.open()
-    yield made
-    await made.close()
 
 
 async def test_the_bootstrap_token_is_made_once_and_private(database: Database, tmp_path: Path) -> None:
@@ -48,7 +40,7 @@ async def test_a_lost_bootstrap_file_gets_a_new_token_and_ends_the_old(database:
     first = Identity(database)
     await first.tokens.ensure_bootstrap(file)
     old = file.read_text().strip()
-    session = await first.login_with_token(old)
+    session = await first.login_with_token(old, "")
     file.unlink()
     second = Identity(database)
     await second.tokens.ensure_bootstrap(file)
@@ -73,7 +65,7 @@ async def test_a_start_killed_between_file_and_row_is_finished_by_the_next(
 async def test_only_hashes_are_stored(database: Database, tmp_path: Path) -> None:
     identity = Identity(database, [StaticToken("plain-static", "deployer", "dan")], passwords=CHEAP)
     await identity.tokens.ensure_bootstrap(tmp_path / "admin-token")
-    session = await identity.login_with_token("plain-static")
+    session = await identity.login_with_token("plain-static", "")
     renewed = await identity.sessions.refresh(session.refresh_token or "")
     await identity.accounts.create_user("ida", Role.DEPLOYER, "a long password")
     machine = await identity.machine_tokens.create(
@@ -81,7 +73,7 @@ async def test_only_hashes_are_stored(database: Database, tmp_path: Path) -> Non
     )
     secrets = [session.token, session.refresh_token, renewed.token, renewed.refresh_token, machine.token]
     shown = repr(session) + repr(renewed) + repr(machine)
-    content = (tmp_path / "aether.db").read_bytes() + (tmp_path / "aether.db-wal").read_bytes()
+    content = await everything_in(database)
     for secret in ("plain-static", "a long password", (tmp_path / "admin-token").read_text().strip(), *secrets):
         assert secret
         assert secret.encode() not in content
@@ -90,7 +82,7 @@ async def test_only_hashes_are_stored(database: Database, tmp_path: Path) -> Non
 
 async def test_an_access_token_is_short_and_a_refresh_token_long(database: Database) -> None:
     identity = Identity(database, [ROB])
-    session = await identity.login_with_token("plain")
+    session = await identity.login_with_token("plain", "")
     assert abs(session.expires_at - now_us() - ACCESS_SECS * 1_000_000) < 60_000_000
     assert abs((session.refresh_expires_at or 0) - now_us() - REFRESH_SECS * 1_000_000) < 60_000_000
     async with database.write() as tx:
@@ -103,8 +95,8 @@ async def test_an_access_token_is_short_and_a_refresh_token_long(database: Datab
 
 async def test_what_comes_of_an_access_token_ends_with_it(database: Database) -> None:
     identity = Identity(database, [ROB])
-    first = await identity.login_with_token("plain")
-    second = await identity.login_with_token(first.token)
+    first = await identity.login_with_token("plain", "")
+    second = await identity.login_with_token(first.token, "")
     assert second.refresh_token is None
     assert second.expires_at <= first.expires_at
     await identity.logout(first.token, first.session_id)
@@ -114,7 +106,7 @@ async def test_what_comes_of_an_access_token_ends_with_it(database: Database) ->
 
 
 async def test_a_session_of_a_static_token_ends_when_that_leaves_the_settings(database: Database) -> None:
-    session = await Identity(database, [ROB]).login_with_token("plain")
+    session = await Identity(database, [ROB]).login_with_token("plain", "")
     promoted = Identity(database, [StaticToken("plain", "deployer", "rob")])
     renewed = await promoted.sessions.refresh(session.refresh_token or "")
     assert renewed.role is Role.DEPLOYER
@@ -139,7 +131,7 @@ async def test_logout_ends_sessions_only(database: Database, tmp_path: Path) -> 
     identity = Identity(database, [ROB])
     await identity.tokens.ensure_bootstrap(tmp_path / "admin-token")
     bootstrap = (tmp_path / "admin-token").read_text().strip()
-    session = await identity.login_with_token("plain")
+    session = await identity.login_with_token("plain", "")
     await identity.logout(session.token, session.session_id)
     for token in ("plain", bootstrap, None):
         await identity.logout(token, None)

@@ -243,6 +243,20 @@ def test_rollback_is_exactly_the_named_release(up: Server) -> None:
     assert versions == [6, 5, 4, 3, 2, 1]
 
 
+def test_a_rollback_that_is_sent_twice_with_one_key_is_done_once(up: Server) -> None:
+    one, two = up.deploy("twice", hello("one")), up.deploy("twice", hello("two"))
+    assert (one["release"], two["release"]) == (1, 2)
+    key = {"Idempotency-Key": "one-intent"}
+    first = up.api("POST", "/apps/twice/rollback", {}, key)[1]
+    assert up.settled(first["id"])["status"] == "active"
+    # the answer was lost and the client asks again: "the release before the active one" is another one by now
+    second = up.api("POST", "/apps/twice/rollback", {}, key)[1]
+    assert second["id"] == first["id"]
+    assert up.said("twice") == "one"
+    assert len(up.api("GET", "/deployments?app=twice")[1]["items"]) == 3
+    assert up.api("POST", "/deployments", {"app": "twice", "digest": two["digest"]}, key)[0] == 409
+
+
 def test_a_config_change_deploys_and_a_rollback_brings_the_old_config_back(up: Server) -> None:
     status, config = up.api("PUT", "/apps/conf/config", {"set": {"SAY": "x"}})
     assert status == 404
@@ -255,7 +269,8 @@ def test_a_config_change_deploys_and_a_rollback_brings_the_old_config_back(up: S
     assert up.settled(config["deployment_id"])["config_version"] == 2
     assert up.said("conf") == "late"
     same = up.api("PUT", "/apps/conf/config", {"set": {"SAY": "late"}})[1]
-    assert same == {"version": 2, "env": {"SAY": "late", "OTHER": "1"}, "deployment_id": None}
+    assert (same["version"], same["env"], same["changed"]) == (2, {"SAY": "late", "OTHER": "1"}, [])
+    assert same["deployment_id"] is None
     back = up.api("POST", "/apps/conf/rollback", {"version": 1})[1]
     up.settled(back["id"])
     assert up.said("conf") == "early"

@@ -233,3 +233,22 @@ def test_recreate_with_several_replicas_never_mixes_releases(up: Server) -> None
     said = [text.split()[0] for status, text in hammer.answers if status == 200]
     assert said.index("new") > max(n for n, word in enumerate(said) if word == "old") - 5
     settle(up, "pure", 3)
+
+
+@pytest.mark.parametrize(("method", "ended"), [("GET", 2), ("POST", 1)])
+def test_a_request_that_ends_its_instance_ends_two_at_most(up: Server, method: str, ended: int) -> None:
+    """An idempotent one is sent once more, and never a third time."""
+    up.deploy("shy", SHY)
+    scale(up, "shy", 4)
+    settle(up, "shy", 4)
+    for _ in range(40):
+        assert up.get("shy")[0] == 200  # so that every instance has a kept-open connection
+    before = set(up.instances())
+    connection = http.client.HTTPConnection("127.0.0.1", up.port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, "/die", headers={"Host": "shy.localhost"})
+        assert connection.getresponse().status == 502
+    wait_for(lambda: len(before - set(up.instances())) >= ended)
+    settle(up, "shy", 4)
+    assert len(before - set(up.instances())) == ended
+    assert up.get("shy")[0] == 200

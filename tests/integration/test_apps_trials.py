@@ -89,10 +89,24 @@ def test_the_share_of_a_step_is_exact(shared: Server) -> None:
     up.deploy("share", hello("old"))
     begun = up.begin("share", hello("new"), strategy="canary", rollout={**LONG, "steps": [5, 100]})
     wait_for(lambda: any("5%" in m for _, m in up_events(up, begun)))
+    shown = up.api("GET", f"/deployments/{begun['id']}")[1]
+    assert shown["step"] == {"number": 1, "of": 2, "percent": 5}
     found = Counter(up.said("share") for _ in range(100))
     assert found == {"old": 95, "new": 5}
     cancel(up, begun)
     assert Counter(up.said("share") for _ in range(40)) == {"old": 40}
+
+
+def test_other_numbers_are_another_deployment(shared: Server) -> None:
+    up = shared
+    up.deploy("numbers", hello("old"))
+    new = hello("new")
+    first = up.begin("numbers", new, strategy="canary", rollout=LONG)
+    assert up.begin("numbers", new, strategy="canary", rollout=LONG)["id"] == first["id"]
+    second = up.begin("numbers", new, strategy="canary", rollout={**LONG, "steps": [20, 100]})
+    assert second["id"] != first["id"], "or a trial could not be made gentler while it runs"
+    wait_for(lambda: status(up, first) == "cancelled")
+    cancel(up, second)
 
 
 def up_events(up: Server, made: dict[str, Any]) -> list[tuple[str, str]]:

@@ -331,12 +331,13 @@ def test_yarn_and_pnpm(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatc
     root = project(
         tmp_path / "app",
         {
-            "dependencies": {"is-odd": "3.0.1"},
+            "dependencies": {"is-odd": "3.0.1", "near": "file:./libs/near"},
             "devDependencies": {"is-number": "7.0.0"},
             "scripts": {"build": "node -e \"require('is-number'); require('fs').writeFileSync('made.txt', 'yes')\""},
         },
-        **{"server.js": "console.log(require('is-odd')(3))"},
+        **{"server.js": "console.log(require('is-odd')(3) && require('near') === 'near')"},
     )
+    near = local_package(root, "near")
     lockfile = {"yarn": "yarn.lock", "pnpm": "pnpm-lock.yaml", "berry": "yarn.lock"}[name]
     command = [name, "install", "--ignore-scripts"]
     if name == "berry":
@@ -360,6 +361,12 @@ def test_yarn_and_pnpm(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatc
     first, second = built(root, tmp_path / "out"), built(root, tmp_path / "out")
     assert (first.prepared.cached, second.prepared.cached) == (False, True)
     run_packed(second, tmp_path, "true")
+    (near / "index.js").write_text("module.exports = 'nearer'")
+    if name == "berry":
+        with pytest.raises(BuildFailed, match="The lockfile would have been modified"):
+            built(root, tmp_path / "out")
+    else:
+        run_packed(built(root, tmp_path / "out"), tmp_path, "false")
     (root / lockfile).write_text((root / lockfile).read_text().replace("is-odd", "is-even"))
     with pytest.raises(BuildFailed, match=r"install failed"):
         built(root, tmp_path / "out")

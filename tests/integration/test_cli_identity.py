@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ from aether.identity.roles import Role
 from aether.model.errors import NetworkError, Unauthorized
 from aether.model.times import now_us
 from aether.stores.database.tables import sessions, tokens
+from support.command import aether, home
 from support.identity import PASSWORD, add_user, login, refresh
 from support.product import free_port
 from support.served import Served, served
 
-AETHER = str(Path(sys.executable).parent / "aether")
+pytestmark = pytest.mark.usefixtures("database_url")
 
 
 @pytest.fixture
@@ -39,18 +38,7 @@ def _folder(tmp_path: Path) -> None:
 
 @pytest.fixture
 def environ(api: Served, tmp_path: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("AETHER_")}
-    home = {f"XDG_{name}_HOME": str(tmp_path / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
-    return {**kept, **home, "HOME": str(tmp_path), "AETHER_API_BASE": api.base}
-
-
-async def aether(environ: dict[str, str], *words: str, stdin: str = "") -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)."""
-    process = await asyncio.create_subprocess_exec(
-        AETHER, *words, env=environ, stdin=-1, stdout=-1, stderr=-1, cwd=environ["HOME"]
-    )
-    out, errors = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
-    return process.returncode or 0, out.decode(), errors.decode()
+    return home(tmp_path, api.base)
 
 
 async def log_in(api: Served, environ: dict[str, str]) -> None:

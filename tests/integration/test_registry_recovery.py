@@ -18,12 +18,16 @@ from aether.registry.collector import PendingCollector
 from aether.stores.database.tables import applications, artifacts, uploads
 from support.served import Served, digest_of, random_bytes, served
 
+pytestmark = pytest.mark.usefixtures("database_url")
+
 DATA = random_bytes(200_000)
 KEY = f"artifacts/shop/{digest_of(DATA)}/app.tar.gz"
 
 CHILD = """
 import asyncio, os, signal, sys
 from pathlib import Path
+from aether.registry.upload_rows import Said
+from aether.registry.uploads import Announced
 from support.served import served
 
 def die():
@@ -39,7 +43,7 @@ async def main(folder, point, upload_id, digest, size):
             die()
         if real is not None:
             setattr(api.objects, point.split("-")[1], before if point.startswith("before") else after)
-        done = await api.registry.complete("shop", digest, upload_id, size)
+        await api.registry.uploads.complete(Announced("shop", digest, size), upload_id, Said(), "test")
         assert point == "answered"
         die()
 

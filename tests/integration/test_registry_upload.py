@@ -12,8 +12,10 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import pytest
 import sqlalchemy as sa
 
-from aether.stores.database.tables import applications, artifacts
+from aether.stores.database.tables import applications, artifacts, uploads
 from support.served import Served, add_app, digest_of, random_bytes, served
+
+pytestmark = pytest.mark.usefixtures("database_url")
 
 DATA = random_bytes(300_000)
 KEY = f"artifacts/shop/{digest_of(DATA)}/app.tar.gz"
@@ -38,6 +40,7 @@ async def test_presign_put_complete_and_read(api: Served) -> None:
     assert signed["duplicate"] is False
     assert signed["url"].startswith("/objects/pending/")
     assert signed["storage_key"] == KEY
+    assert signed["multipart"] == {"threshold_bytes": 32 << 20, "part_size_bytes": 8 << 20}
     assert await api.put(signed, DATA) == 200
     status, done = await api.complete("shop", DATA, signed["upload_id"], put_duration_ms=12)
     assert status == 200
@@ -305,6 +308,43 @@ async def test_a_used_idempotency_key_conflicts_only_for_another_artifact(api: S
     assert (await api.complete("shop", other, second["upload_id"], idempotency_key="l"))[0] == 200
 
 
+async def test_one_key_for_two_artifacts_at_once_keeps_one_of_them(api: Served) -> None:
+    """What is refused for its key is not kept by a later look for interrupted uploads either."""
+    for turn in range(5):
+        datas = [random_bytes(900 + 10 * turn + n) for n in range(4)]
+        signed = [await api.presign("shop", data) for data in datas]
+        for data, one in zip(datas, signed, strict=True):
+            await api.put(one, data)
+        answers = await asyncio.gather(
+            *(
+                api.complete("shop", data, one["upload_id"], idempotency_key=f"k{turn}")
+                for data, one in zip(datas, signed, strict=True)
+            )
+        )
+        told = sorted((status, done.get("code", "")) for status, done in answers)
+        assert told == [(200, "")] + [(409, "idempotency_conflict")] * 3
+        assert await api.registry.recover() == 0
+        for data, (status, _) in zip(datas, answers, strict=True):
+            assert (await api.call("HEAD", f"/artifacts/{digest_of(data)}"))[0] == (200 if status == 200 else 404)
+
+
+async def test_an_upload_completed_after_its_time_is_refused(api: Served) -> None:
+    signed = await api.presign("shop", DATA)
+    await api.put(signed, DATA)
+    async with api.database.write() as tx:
+        await tx.execute(sa.update(uploads).values(expires_at=1))
+    for _ in range(2):
+        status, error = await api.complete("shop", DATA, signed["upload_id"])
+        assert (status, error["code"]) == (409, "conflict")
+        assert "expired" in error["message"]
+    again = await api.presign("shop", DATA)
+    await api.put(again, DATA)
+    assert (await api.complete("shop", DATA, again["upload_id"]))[0] == 200
+    async with api.database.write() as tx:
+        await tx.execute(sa.update(uploads).values(expires_at=1))
+    assert (await api.complete("shop", DATA, again["upload_id"]))[0] == 200, "what is completed stays so"
+
+
 async def test_a_row_without_its_object_is_no_duplicate(api: Served) -> None:
     await api.upload("shop", DATA)
     (api.folder / "objects" / KEY).unlink()
@@ -355,7 +395,7 @@ async def test_the_list_pages_newest_first(api: Served) -> None:
 
 
 async def test_uploads_beyond_the_bound_are_told_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aether.api.routers.objects.TURN_SECS", 0.05)
+    monkeypatch.setattr("aether.api.turns.TURN_SECS", 0.05)
     async with served(tmp_path, AETHER_MAX_CONCURRENT_UPLOADS="1") as api:
         await api.add_app("shop")
         signed = await api.presign("shop", DATA)

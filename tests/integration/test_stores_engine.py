@@ -1,4 +1,4 @@
-"""Transactions on a real SQLite file: isolation, contention, cancellation, outages and killed processes."""
+"""Transactions on real databases: isolation, contention, cancellation, outages and killed processes."""
 
 import asyncio
 import os
@@ -16,17 +16,19 @@ from sqlalchemy.exc import IntegrityError
 from aether.model.errors import ServiceUnavailable
 from aether.model.names import new_id
 from aether.model.times import now_us
-from aether.stores.database import engine
+from aether.stores.database import ending
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import applications, configs
+from support.databases import opened
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    made = Database(f"sqlite+aiosqlite:///{tmp_path}/aether.db", timeout_secs=0.5)
-    await made.open()
-    yield made
-    await made.close()
+async def database(database_url: str) -> AsyncIterator[Database]:
+    async with opened(database_url, pool_size=6, timeout_secs=0.5) as made:
+        yield made
+
+
+only_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 async def add_app(tx: object, name: str) -> str:
@@ -77,19 +79,21 @@ async def test_writes_inside_a_read_are_dropped(database: Database) -> None:
     assert await names(database) == set()
 
 
-async def test_many_writers_take_turns_and_none_is_lost(database: Database) -> None:
+async def test_many_writers_take_turns_and_none_is_lost(database_url: str) -> None:
     async def bump() -> None:
         async with database.write() as tx:
-            seen = (await tx.execute(sa.select(applications.c.last_release))).scalar_one()
+            seen = (await tx.execute(sa.select(applications.c.last_release).with_for_update())).scalar_one()
             await tx.execute(sa.update(applications).values(last_release=seen + 1))
 
-    async with database.write() as tx:
-        await add_app(tx, "one")
-    await asyncio.gather(*(bump() for _ in range(50)))
-    async with database.read() as tx:
-        assert (await tx.execute(sa.select(applications.c.last_release))).scalar_one() == 50
+    async with opened(database_url) as database:
+        async with database.write() as tx:
+            await add_app(tx, "one")
+        await asyncio.gather(*(bump() for _ in range(50)))
+        async with database.read() as tx:
+            assert (await tx.execute(sa.select(applications.c.last_release))).scalar_one() == 50
 
 
+@only_sqlite
 async def test_a_writer_that_waits_too_long_is_told_so(database: Database) -> None:
     async with database.write():
         with pytest.raises(ServiceUnavailable, match="writers"):
@@ -97,6 +101,7 @@ async def test_a_writer_that_waits_too_long_is_told_so(database: Database) -> No
                 pass
 
 
+@only_sqlite
 async def test_another_process_holding_the_lock_is_an_outage_not_a_crash(database: Database, tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "aether.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -163,11 +168,11 @@ async def test_cancelling_at_any_moment_is_all_or_nothing(database: Database) ->
 WRITER = """
 import asyncio, sys
 import sqlalchemy as sa
-from aether.stores.database import engine
+from aether.stores.database import ending
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import applications
 async def main():
-    database = Database(f"sqlite+aiosqlite:///{sys.argv[1]}")
+    database = Database(sys.argv[1])
     n = 0
     while True:
         async with database.write() as tx:
@@ -179,10 +184,8 @@ asyncio.run(main())
 """
 
 
-async def test_kill_9_loses_nothing_acknowledged(database: Database, tmp_path: Path) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path / "aether.db")], stdout=subprocess.PIPE, text=True
-    )
+async def test_kill_9_loses_nothing_acknowledged(database: Database, database_url: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", WRITER, database_url], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     acknowledged = -1
     while acknowledged < 100:
@@ -235,7 +238,7 @@ async def test_a_cancellation_in_the_step_in_which_the_commit_ends_still_counts(
         return 1
 
     async def caller() -> None:
-        await engine._to_the_end(ends_with_the_cancellation())
+        await ending.to_the_end(ends_with_the_cancellation())
         await asyncio.Event().wait()
 
     outer = asyncio.create_task(caller())

@@ -27,7 +27,7 @@ async def store(tmp_path: Path) -> AsyncIterator[FilesystemObjects]:
 
 
 async def put(store: FilesystemObjects, name: str, data: bytes) -> str:
-    url = store.sign_put(f"pending/{name}", len(data), 60).url
+    url = (await store.sign_put(f"pending/{name}", len(data), 60)).url
     path, _, query = url.partition("?")
     upload = await store.receive(store.authorize("PUT", path.removeprefix("/objects/"), query))
     await upload.add(memoryview(data))
@@ -73,9 +73,15 @@ async def test_keys_never_leave_the_folder(store: FilesystemObjects, key: str) -
 
 
 async def test_only_pending_objects_can_be_written(store: FilesystemObjects) -> None:
-    path, _, query = store.sign_put("artifacts/a/d/app.tar.gz", 5, 60).url.partition("?")
+    path, _, query = (await store.sign_put("artifacts/a/d/app.tar.gz", 5, 60)).url.partition("?")
     with pytest.raises(Forbidden):
         store.authorize("PUT", path.removeprefix("/objects/"), query)
+
+
+async def test_urls_begin_where_clients_reach_the_server(tmp_path: Path) -> None:
+    store = FilesystemObjects(tmp_path, UrlSigner(b"k" * 32), base_url="https://aether.example.com/")
+    assert (await store.sign_put("pending/x", 5, 60)).url.startswith("https://aether.example.com/objects/pending/x?")
+    await store.close()
 
 
 async def test_moves_and_deletes_may_race(store: FilesystemObjects) -> None:
@@ -92,7 +98,7 @@ async def test_moves_and_deletes_may_race(store: FilesystemObjects) -> None:
 
 
 async def test_an_aborted_upload_in_the_middle_of_a_write(store: FilesystemObjects, tmp_path: Path) -> None:
-    path, _, query = store.sign_put("pending/x", 50_000_000, 60).url.partition("?")
+    path, _, query = (await store.sign_put("pending/x", 50_000_000, 60)).url.partition("?")
     upload = await store.receive(store.authorize("PUT", path.removeprefix("/objects/"), query))
     writing = asyncio.create_task(upload.add(memoryview(bytes(50_000_000))))
     await asyncio.sleep(0)
@@ -138,7 +144,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, small_disk
 async def test_a_disk_that_fills_up_while_receiving(small_disk: Path) -> None:
     store = FilesystemObjects(small_disk / "objects", UrlSigner(b"k" * 32))
     await store.open()
-    path, _, query = store.sign_put("pending/x", 6_000_000, 60).url.partition("?")
+    path, _, query = (await store.sign_put("pending/x", 6_000_000, 60)).url.partition("?")
     grant = store.authorize("PUT", path.removeprefix("/objects/"), query)
     first, second = await store.receive(grant), await store.receive(grant)
     await first.add(memoryview(bytes(5_000_000)))

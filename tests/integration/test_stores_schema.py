@@ -1,9 +1,9 @@
-"""The migrations produce exactly the tables that the code declares."""
+"""The migrations produce exactly the tables that the code declares, on both databases."""
 
 import asyncio
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +21,31 @@ from aether.settings import StaticToken
 from aether.stores.database import schema
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import metadata
+from support.databases import KINDS, Databases, connected
 
 
 def database_at(folder: Path) -> Database:
     return Database(f"sqlite+aiosqlite:///{folder}/aether.db")
 
 
+@pytest.fixture(params=KINDS)
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database in which there is nothing, not even the schema."""
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path}/aether.db"
+        return
+    databases: Databases = request.getfixturevalue("postgresql")
+    url = databases.empty()
+    yield url
+    databases.drop(url)
+
+
 def test_head_is_the_newest_migration() -> None:
     assert ScriptDirectory.from_config(schema.config()).get_heads() == [schema.HEAD]
 
 
-async def test_the_schema_does_not_drift(tmp_path: Path) -> None:
-    database = database_at(tmp_path)
+async def test_the_schema_does_not_drift(empty_url: str) -> None:
+    database = connected(empty_url)
     await database.open()
 
     def differences(connection: sa.Connection) -> list[object]:
@@ -53,8 +66,8 @@ async def test_the_database_file_is_private(tmp_path: Path) -> None:
     await database.close()
 
 
-async def test_two_servers_may_start_at_once(tmp_path: Path) -> None:
-    databases = [database_at(tmp_path) for _ in range(4)]
+async def test_two_servers_may_start_at_once(empty_url: str) -> None:
+    databases = [connected(empty_url) for _ in range(4)]
     await asyncio.gather(*(database.open() for database in databases))
     for database in databases:
         async with database.read() as tx:
@@ -62,17 +75,14 @@ async def test_two_servers_may_start_at_once(tmp_path: Path) -> None:
         await database.close()
 
 
-async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    database = database_at(tmp_path)
-    await database.open()
+async def test_a_newer_schema_is_refused(database: Database) -> None:
     async with database.write() as tx:
         await tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(ConfigError, match="newer Aether"):
         await database.open()
-    await database.close()
 
 
-async def test_migrations_keep_what_there_is(tmp_path: Path) -> None:
+async def test_migrations_keep_what_there_is(empty_url: str) -> None:
     rows = (
         ("applications", {"id": "a", "name": "a", "owner": "o", "created_at": 1}),
         ("artifacts", {"id": "f", "app_id": "a", "digest": "d", "size_bytes": 1, "status": "stored",
@@ -83,7 +93,8 @@ async def test_migrations_keep_what_there_is(tmp_path: Path) -> None:
         ("deployment_events", {"deployment_id": "d", "phase": "active", "message": "m", "timestamp": 1}),
         ("instances", {"id": "i", "app_id": "a", "deployment_id": "d", "status": "ready", "created_at": 1}),
     )  # fmt: skip
-    database = database_at(tmp_path)
+    database = connected(empty_url)
+    await database.kind.prepare()
 
     def old(connection: sa.Connection) -> None:
         command.upgrade(schema.config(connection), "0001")
@@ -101,15 +112,12 @@ async def test_migrations_keep_what_there_is(tmp_path: Path) -> None:
     await database.close()
 
 
-async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
-    database = database_at(tmp_path)
-    await database.open()
-    await database.close()
+async def test_a_start_at_head_does_not_load_alembic(database_url: str) -> None:
     script = (
         "import asyncio, sys\n"
         "from aether.stores.database.engine import Database\n"
         "async def main():\n"
-        f"    database = Database('sqlite+aiosqlite:///{tmp_path}/aether.db')\n"
+        f"    database = Database('{database_url}')\n"
         "    await database.open()\n"
         "    await database.close()\n"
         "asyncio.run(main())\n"
@@ -118,8 +126,9 @@ async def test_a_start_at_head_does_not_load_alembic(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
-async def test_apps_and_tokens_from_before_there_were_users_stay_usable(tmp_path: Path) -> None:
-    database = database_at(tmp_path)
+async def test_apps_and_tokens_from_before_there_were_users_stay_usable(empty_url: str) -> None:
+    database = connected(empty_url)
+    await database.kind.prepare()
 
     def first(connection: sa.Connection) -> None:
         command.upgrade(schema.config(connection), "0001")
@@ -130,7 +139,6 @@ async def test_apps_and_tokens_from_before_there_were_users_stay_usable(tmp_path
         hashed = hash_token("aes_old")
         connection.execute(sa.text(f"{insert} ('t', '{hashed}', 'admin', 'admin', 'session', 1, {now_us() * 2})"))
 
-    os.close(os.open(tmp_path / "aether.db", os.O_CREAT | os.O_RDWR, 0o600))
     async with database.write() as tx:
         await tx.run_sync(first)
     await database.open()

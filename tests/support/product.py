@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import queue
+import random
 import shutil
 import signal
 import socket
@@ -26,10 +27,17 @@ START_SECS = 60.0
 COMMAND_SECS = 180.0
 
 
+_EPHEMERAL = range(32_768, 61_000)
+"""Where Linux takes the ports of outgoing connections from."""
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, and that no connection takes while a server is down between two starts."""
+    while True:
+        port = random.randrange(10_000, _EPHEMERAL.start)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass(frozen=True)

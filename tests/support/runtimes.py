@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -71,8 +71,9 @@ class Bench:
 
     async def said(self, instance: ProcessInstance, text: str) -> None:
         """Return when the instance has printed a line that contains `text`."""
-        async with asyncio.timeout(30):
-            async for record in self.runtime.logs(instance.spec.instance_id, instance.spec.app, follow=True):
+        spec = instance.spec
+        async with asyncio.timeout(30), aclosing(self.runtime.logs(spec.instance_id, spec.app, follow=True)) as log:
+            async for record in log:
                 if text in record.text:
                     return
         raise AssertionError(f"the instance ended without saying {text!r}: {await self.lines(instance)}")

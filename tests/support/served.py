@@ -1,4 +1,6 @@
-"""The API on a real uvicorn over a loopback port, with SQLite and the directory store in a temporary folder."""
+"""The API on a real uvicorn over a loopback port, with the directory store in a temporary folder or the S3 store that
+the environment names, and the database of the test (`support.databases`): SQLite, or both in a module with
+`pytest.mark.usefixtures("database_url")`."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from typing import Any
 import aiohttp
 import sqlalchemy as sa
 from argon2 import PasswordHasher
+from yarl import URL
 
 from aether.api.app import create_api
 from aether.api.server import ApiServer, loopback_socket
@@ -21,6 +24,7 @@ from aether.api.services import Services
 from aether.identity.passwords import Passwords
 from aether.identity.roles import DEFAULT_TEAM
 from aether.identity.service import Identity
+from aether.leases import Leases
 from aether.model.names import new_id
 from aether.model.times import now_us
 from aether.observability.metrics import Metrics
@@ -28,10 +32,15 @@ from aether.registry.service import Registry
 from aether.settings import Settings, load
 from aether.stores.database.engine import Database
 from aether.stores.database.tables import applications
+from aether.stores.keys import keyring
 from aether.stores.objects.filesystem import FilesystemObjects
 from aether.stores.objects.signing import UrlSigner, load_key
+from aether.topology.objects import open_objects
+from support.databases import connected, current_url
 
+_PREFIXES = ("pending/", "claimed/", "artifacts/")
 _CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+_STORE = ("AETHER_STORAGE_MODE", "AETHER_S3_ENDPOINT_URL", "AETHER_ARTIFACT_BUCKET")
 TOKENS = {"AETHER_API_TOKENS": "tok-admin:admin:ann,tok-deployer:deployer:dan,tok-reader:reader:rob"}
 
 
@@ -69,8 +78,42 @@ class Served:
         return made
 
     async def put(self, signed: dict[str, Any], data: bytes) -> int:
+        if not signed["url"].startswith("/"):
+            return (await self.outside(signed, data))[0]
         status, _ = await self.call("PUT", signed["url"], data=io.BytesIO(data))
         return status
+
+    async def outside(self, signed: dict[str, Any], data: bytes = b"") -> tuple[int, bytes, str]:
+        """Make a signed request as whoever has no token: (status, body, ETag)."""
+        url = signed["url"] if "://" in signed["url"] else self.base + signed["url"]
+        body = io.BytesIO(data) if signed["method"] == "PUT" else None
+        timeout = aiohttp.ClientTimeout(60)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as client,
+            client.request(
+                signed["method"], URL(url, encoded=True), data=body, headers=signed["headers"],
+                skip_auto_headers=["Content-Type"],
+            ) as answer,
+        ):  # fmt: skip
+            return answer.status, await answer.read(), answer.headers.get("ETag", "")
+
+    async def download(self, digest: str, query: str = "") -> tuple[int, bytes]:
+        """What the redirect leads to."""
+        path = f"{self.base}/artifacts/{digest}/download{query}"
+        async with self.client.get(path, allow_redirects=False) as answer:
+            if answer.status != 307:
+                return answer.status, await answer.read()
+            url = answer.headers["Location"]
+        status, body, _ = await self.outside({"method": "GET", "url": url, "headers": {}})
+        return status, body
+
+    async def keys(self) -> set[str]:
+        """Keys of all objects, whatever the store is."""
+        return {key for prefix in _PREFIXES async for key in self._keys(prefix)}
+
+    async def _keys(self, prefix: str) -> AsyncIterator[str]:
+        async for key, _, _ in self.objects.list(prefix):
+            yield key
 
     async def complete(self, app: str, data: bytes, upload_id: str, **more: Any) -> tuple[int, Any]:
         body = {"app": app, "digest": digest_of(data), "size_bytes": len(data), "upload_id": upload_id, **more}
@@ -105,19 +148,32 @@ async def add_app(database: Database, name: str, owner: str = DEFAULT_TEAM) -> s
 
 
 @asynccontextmanager
-async def served(folder: Path, objects_root: Path | None = None, **environ: str) -> AsyncIterator[Served]:
-    settings = load({**TOKENS, **environ}, data_dir=folder)
-    database = Database(f"sqlite+aiosqlite:///{folder}/aether.db")
+async def served(
+    folder: Path, objects_root: Path | None = None, lease_secs: float = 0.0, **environ: str
+) -> AsyncIterator[Served]:
+    """With `lease_secs` it is one of several servers on the database and the folder."""
+    named = {name: os.environ[name] for name in _STORE if name in os.environ}
+    settings = load({**TOKENS, **named, **environ}, data_dir=folder)
+    database = connected(current_url(folder))
     await database.open()
-    objects = FilesystemObjects(objects_root or folder / "objects", UrlSigner(load_key(folder / "signing.key")))
-    await objects.open()
+    objects: Any
+    if settings.storage_mode == "s3":
+        objects = (await open_objects(settings)).objects
+    else:
+        objects = FilesystemObjects(objects_root or folder / "objects", UrlSigner(load_key(folder / "signing.key")))
+        await objects.open()
     metrics = Metrics()
-    registry = Registry(database, objects, settings, metrics)
+    sealer = keyring.load(folder, given="", file=None, in_use=())
+    leases = Leases(database, f"{os.getpid()}-{new_id()}", ttl_secs=lease_secs) if lease_secs else None
+    if leases is not None:
+        leases.start()
+    registry = Registry(database, objects, settings, metrics, sealer, leases)
+    await registry.attestation_keys.ensure()
     services = Services(
         settings,
         Identity(database, settings.api_tokens, required=settings.auth_required, passwords=Passwords(_CHEAP)),
         registry=registry,
-        transfer=objects,
+        transfer=None if settings.storage_mode == "s3" else objects,
         metrics=metrics,
         checks={"database": database.check, "objects": objects.check},
     )
@@ -132,6 +188,8 @@ async def served(folder: Path, objects_root: Path | None = None, **environ: str)
             services.shutdown.set()
             await client.close()
             await server.stop()
+            if leases is not None:
+                await leases.close()
             await objects.close()
             await database.close()
 

@@ -11,12 +11,14 @@ from aether.model.deployment import UNDER_WAY, DeploymentStatus
 S = DeploymentStatus
 
 
-def deployment(name: str, status: S = S.ACTIVE, *, active: bool = False, strategy: str = "rolling", **more: int):
+def deployment(name: str, status: S = S.ACTIVE, *, active: bool = False, strategy: str = "rolling", **more: object):
     return RecordedDeployment(name, "app", status, strategy, active, **more)
 
 
-def instance(name: str, of: str, status: str = "ready", created_at: int = 0) -> RecordedInstance:
-    return RecordedInstance(name, "app", of, status, created_at)
+def instance(
+    name: str, of: str, status: str = "ready", created_at: int = 0, process: str = "web"
+) -> RecordedInstance:
+    return RecordedInstance(name, "app", of, status, created_at, process)
 
 
 def test_the_active_release_keeps_its_instance() -> None:
@@ -67,12 +69,32 @@ def test_of_two_under_way_the_newer_goes_on() -> None:
 
 def test_every_replica_is_adopted_and_no_more_than_wanted() -> None:
     rows = [instance(f"i{n}", "d1", created_at=n) for n in range(5)]
-    plan = reconcile([deployment("d1", active=True, desired=3)], rows, [row.id for row in rows])
+    plan = reconcile([deployment("d1", active=True, desired={"web": 3})], rows, [row.id for row in rows])
     assert plan.apps["app"].active_instances == ["i4", "i3", "i2"]
     assert plan.remove == ["i0", "i1"]
-    stopped = reconcile([deployment("d1", active=True, desired=0)], rows, [row.id for row in rows])
+    stopped = reconcile([deployment("d1", active=True, desired={"web": 0})], rows, [row.id for row in rows])
     assert stopped.apps["app"].active_instances == []
     assert len(stopped.remove) == 5
+
+
+def test_each_process_type_is_adopted_by_its_own_number() -> None:
+    rows = [instance(f"w{n}", "d1", created_at=n, process="worker") for n in range(3)]
+    rows += [instance("i1", "d1"), instance("x", "d1", process="gone")]
+    wanted = {"web": 2, "worker": 2}
+    app = (plan := reconcile([deployment("d1", active=True, desired=wanted)], rows, [r.id for r in rows])).apps["app"]
+    assert sorted(app.active_instances) == ["i1", "w1", "w2"]
+    assert app.process_of == {"i1": "web", "w1": "worker", "w2": "worker"}
+    assert plan.remove == ["w0", "x"]
+
+
+def test_commands_under_way_are_left_to_whoever_records_them() -> None:
+    rows = [instance("c", "d2", "starting", process="release"), instance("r", "d0", "ready", process="report")]
+    recorded = [deployment("d1", active=True), deployment("d2", S.ROLLING_OUT, command="c")]
+    for known in (["c", "r"], []):
+        plan = reconcile(recorded, rows, known, jobs=["r"])
+        assert (plan.remove, plan.gone, plan.apps["app"].under_way_instances) == ([], [], [])
+    settled = reconcile([deployment("d2", S.CANCELLED, command="c")], rows, ["c", "r"], jobs=["r"])
+    assert settled.remove == ["c"], "the command of a settled deployment is not wanted any more"
 
 
 def test_an_app_being_deleted_wants_nothing() -> None:

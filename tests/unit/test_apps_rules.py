@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aether.api.routers.logs import since_to_ns
 from aether.apps.catalogue import app_status
-from aether.apps.configs import changed, check_env
+from aether.apps.configs import Change, VariableChange, changed, check_env, differences
 from aether.apps.deployments import DeployRequest, check_request
-from aether.apps.logs import LogLine, Source, merge_tail, position_after
 from aether.apps.records import Health
 from aether.apps.replica import LONGEST_PAUSE_SECS, pause_before_restart
+from aether.apps.vault import Variables
 from aether.model.errors import BadRequest, InvalidDigest
-from aether.model.instance import LogRecord
 from aether.rollout.gates import Shift
 from aether.topology.node import warning
 from aether.topology.public import api_hosts, app_url, base_url, check_exposure, is_loopback
@@ -23,12 +20,35 @@ DIGEST = "a" * 64
 
 
 def test_variables_are_set_unset_and_replaced() -> None:
-    before = {"A": "1", "B": "2"}
-    assert changed(before, {"C": "3"}, ["A"], replace=False) == {"B": "2", "C": "3"}
-    assert changed(before, {"C": "3"}, [], replace=True) == {"C": "3"}
-    assert changed(before, {}, ["nope"], replace=False) == before
-    with pytest.raises(BadRequest, match="A is both"):
-        changed(before, {"A": "x"}, ["A"], replace=False)
+    before = Variables({"A": "1", "B": "2"})
+    assert changed(before, Change({"C": "3"}, unset=["A"])) == Variables({"B": "2", "C": "3"})
+    assert changed(before, Change({"C": "3"}, replace=True)) == Variables({"C": "3"})
+    assert changed(before, Change(unset=["nope"])) == before
+    for twice in (Change({"A": "x"}, unset=["A"]), Change({"A": "x"}, {"A": "y"}), Change({}, {"A": "y"}, ["A"])):
+        with pytest.raises(BadRequest, match="A is named twice"):
+            changed(before, twice)
+
+
+def test_a_secret_stays_one_until_it_is_unset() -> None:
+    before = changed(Variables({"A": "1"}), Change(secrets={"S": "s", "A": "2"}))
+    assert before == Variables({"A": "2", "S": "s"}, frozenset({"A", "S"}))
+    assert changed(before, Change({"S": "other"})).secrets == {"A", "S"}
+    assert changed(before, Change({"S": "other"}, replace=True)) == Variables({"S": "other"}, frozenset({"S"}))
+    unset = changed(before, Change(unset=["S"]))
+    assert unset == Variables({"A": "2"}, frozenset({"A"}))
+    assert changed(unset, Change({"S": "plain"})).secrets == {"A"}
+
+
+def test_differences_name_what_changed_and_never_a_value() -> None:
+    a = Variables({"GONE": "1", "SAME": "1", "S": "1", "KIND": "1"}, frozenset({"S"}))
+    b = Variables({"NEW": "1", "SAME": "1", "S": "2", "KIND": "1"}, frozenset({"S", "KIND"}))
+    assert differences(a, b) == [
+        VariableChange("GONE", "removed", False),
+        VariableChange("KIND", "changed", True),
+        VariableChange("NEW", "added", False),
+        VariableChange("S", "changed", True),
+    ]
+    assert differences(a, a) == []
 
 
 @pytest.mark.parametrize("env", [{"1A": ""}, {"A-B": ""}, {"": ""}, {"PORT": "1"}, {"AETHER_X": ""}, {"A": "\0"},
@@ -89,39 +109,6 @@ def test_requests_that_cannot_be_meant(change: dict[str, object], error: type[Ex
     check_request(DeployRequest(**good))  # type: ignore[arg-type]
     with pytest.raises(error):
         check_request(DeployRequest(**{**good, **change}))  # type: ignore[arg-type]
-
-
-def line(time_ns: int, instance: str) -> LogLine:
-    return LogLine(LogRecord(time_ns, "stdout", f"{instance} {time_ns}"), "app", Source(instance, "d", DIGEST, 1))
-
-
-@given(
-    logs=st.lists(st.lists(st.integers(0, 50), max_size=20).map(sorted), max_size=4),
-    tail=st.none() | st.integers(0, 30),
-)
-def test_merging_keeps_every_log_in_order(logs: list[list[int]], tail: int | None) -> None:
-    lines = [[line(t, str(n)) for t in times] for n, times in enumerate(logs)]
-    merged = merge_tail(lines, tail)
-    everything = sum(len(times) for times in logs)
-    assert len(merged) == (everything if tail is None else min(tail, everything))
-    times = [item.record.time_ns for item in merged]
-    assert times == sorted(times)
-    assert tail is None or times == sorted(t for log in logs for t in log)[everything - len(merged) :]
-
-
-@given(st.lists(st.integers(1, 6), max_size=20).map(sorted), st.integers(0, 20))
-def test_a_follower_goes_on_exactly_where_the_past_ended(times: list[int], read: int) -> None:
-    records = [LogRecord(t, "stdout", str(n)) for n, t in enumerate(times)]
-    position = position_after(records[:read], 0)
-    again = [record for record in records if record.time_ns >= position.time_ns]
-    skip = position.at_that_time
-    rest = []
-    for record in again:
-        if record.time_ns == position.time_ns and skip:
-            skip -= 1
-            continue
-        rest.append(record)
-    assert rest == records[read:]
 
 
 def test_since() -> None:

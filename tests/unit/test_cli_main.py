@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from aether.cli.main import entry, load, verbs
 from aether.model import errors
 
 AETHER = str(Path(sys.executable).parent / "aether")
-NOT_LISTED = {"run", "verify", "dev", "function", "slice", "server", "gateway", "worker", "node"}
+NOT_LISTED = {"dev", "function", "slice", "gateway", "worker", "node"}
 
 
 def test_every_verb_in_the_table_exists_and_describes_itself() -> None:
@@ -72,7 +73,7 @@ def test_help_of_a_verb(words: list[str], capsys: pytest.CaptureFixture[str]) ->
         (["deploy", "--canary-steps", "few"], "percentages"),
         (["deploy", "--strategy", "sideways"], "rolling, recreate"),
         (["deploy", "--dev-hot"], "not offered"),
-        (["deploy", "--legacy-sbom"], "not offered"),
+        (["deploy", "--legacy-sbom", "--no-sbom"], "exclude each other"),
         (["deploy", "--start", " "], "--start is empty"),
         (["deploy", "--app", ""], "--app is empty"),
         (["deploy", "/no/such/folder"], "is not a folder"),
@@ -131,6 +132,18 @@ def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "aether: no app \\x1b[2J\\x07 here\n"
 
 
+def test_another_interrupt_while_a_failure_is_told_of_shows_no_stack_trace() -> None:
+    program = (
+        "import os, signal, sys, aether.cli.failure as failure, aether.cli.main as main\n"
+        "failure.wants_json = lambda given: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.argv = ['aether', 'nonsense']\n"
+        "main.entry()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
 def loaded(*words: str, environ: dict[str, str] | None = None) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", AETHER, *words],
@@ -160,7 +173,8 @@ def test_list_stays_light(tmp_path: Path) -> None:
     ours = {name for name in found if name.startswith("aether")}
     assert ours == {
         "aether", "aether.cli", "aether.cli.main", "aether.cli.arguments", "aether.cli.context", "aether.cli.log",
-        "aether.cli.output", "aether.cli.list", "aether.cli.failure", "aether.client", "aether.client.api",
+        "aether.cli.output", "aether.cli.list", "aether.cli.failure", "aether.cli.interrupts", "aether.client",
+        "aether.client.api", "aether.client.failures",
         "aether.client.dial", "aether.client.session", "aether.client.transport", "aether.model",
         "aether.model.errors",
     }  # fmt: skip
@@ -170,10 +184,12 @@ def test_list_stays_light(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_only_up_and_doctor_reach_the_servers_side() -> None:
+def test_only_what_works_on_a_data_directory_reaches_the_servers_side() -> None:
     folder = Path(str(importlib.import_module("aether.cli").__path__[0]))
-    server = re.compile(r"aether\.(topology|settings|api|apps|registry|rollout|edge|runtimes|stores|observability)\b")
+    server = re.compile(
+        r"aether\.(topology|settings|api|apps|backup|registry|rollout|edge|runtimes|stores|observability)\b"
+    )
     reaching = {path.name for path in folder.glob("*.py") if server.search(path.read_text())}
     # login needs to know where a local server keeps its credential, and nothing else
-    assert reaching == {"up.py", "doctor.py", "login.py"}
+    assert reaching == {"up.py", "doctor.py", "login.py", "backup.py", "restore.py"}
     assert set(server.findall((folder / "login.py").read_text())) == {"settings"}

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from aether.cli import completions
 from aether.cli.arguments import Arguments, seconds
 from aether.cli.contents import listing
-from aether.cli.deploy import size
 from aether.cli.interrupts import Interrupts, Terminated
 from aether.cli.logs import text as log_text
 from aether.cli.main import verbs
-from aether.cli.output import escape, fields, table
+from aether.cli.output import escape, fields, size, table
 from aether.cli.project import app_of, variables
 from aether.cli.releases import find
 from aether.cli.rollback import choose
@@ -137,10 +136,11 @@ def test_what_stays_and_what_is_escaped() -> None:
 def test_log_lines() -> None:
     line: Any = {
         "time": "2026-01-02T03:04:05.000006Z", "stream": "stderr", "line": "\x1b[31mred\tx", "app": "a",
-        "release": None, "deployment_id": "d", "digest": "0", "instance": "0123456789abcdef",
+        "release": None, "deployment_id": "a-00000001", "digest": "0",
+        "process": "web", "instance": "0123456789abcdef",
     }  # fmt: skip
-    assert log_text(line, True) == "2026-01-02T03:04:05.000006Z - 89abcdef ! \\x1b[31mred\tx"
-    assert log_text({**line, "release": 3}, False) == "2026-01-02T03:04:05.000006Z v3 89abcdef ! \x1b[31mred\tx"
+    assert log_text(line, True) == "2026-01-02T03:04:05.000006Z ~00000001 web.89abcdef ! \\x1b[31mred\tx"
+    assert log_text({**line, "release": 3}, False) == "2026-01-02T03:04:05.000006Z v3 web.89abcdef ! \x1b[31mred\tx"
 
 
 def test_times_and_sizes() -> None:

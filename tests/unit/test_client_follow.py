@@ -13,20 +13,31 @@ from aether.model.times import from_iso, to_iso
 START = from_iso("2026-01-02T03:04:05.000000Z")
 
 
-def record(at: int, instance: str = "i1", line: str = "x") -> Any:
-    return {"time": to_iso(START + at), "instance": instance, "stream": "stdout", "line": line}
+def record(at: int, seq: int, instance: str = "i1", line: str = "x") -> Any:
+    return {"time": to_iso(START + at), "instance": instance, "stream": "stdout", "line": line, "seq": seq}
 
 
 class Server:
-    """A log as the real one keeps it: `since` includes its moment, `tail` counts from the end."""
+    """A log as the real one keeps it: `since` includes its moment, `tail` counts from the end, and of an instance
+    named in `after` come the lines behind that number. With `knows_after` false it replays by time alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, knows_after: bool) -> None:
         self.lines: list[Any] = []
+        self.knows_after = knows_after
 
     def answer(self, query: dict[str, Any]) -> list[Any]:
+        after: dict[str, int] = {}
+        for part in filter(None, str(query.get("after") or "").split(",")):
+            if self.knows_after:
+                instance, _, seq = part.rpartition(":")
+                after[instance] = int(seq)
         found = sorted(self.lines, key=lambda line: line["time"])
-        if query.get("since"):
-            found = [line for line in found if line["time"] >= query["since"]]
+        since = query.get("since") or ""
+        found = [
+            line
+            for line in found
+            if (line["seq"] > after[line["instance"]] if line["instance"] in after else line["time"] >= since)
+        ]
         tail = query.get("tail")
         return found if tail is None else found[-tail:] if tail else []
 
@@ -42,14 +53,15 @@ steps = st.lists(
 )
 
 
-@given(steps, st.integers(0, 5), st.integers(0, 5))
+@given(steps, st.integers(0, 5), st.integers(0, 5), st.booleans())
 def test_every_line_after_the_first_connection_comes_once(
-    steps: list[tuple[int, str, str, str]], before: int, tail: int
+    steps: list[tuple[int, str, str, str]], before: int, tail: int, knows_after: bool
 ) -> None:
-    server, cursor = Server(), LogCursor(tail=tail)
-    server.lines = [record(n, line=f"before {n}") for n in range(before)]
+    server, cursor = Server(knows_after), LogCursor(tail=tail)
+    server.lines = [record(n, n + 1, line=f"before {n}") for n in range(before)]
     expected = server.lines[max(0, before - tail) :] if tail else []
     got: list[Any] = []
+    numbers = {"i1": before, "i2": 0}
 
     def connect() -> None:
         answer = server.answer(cursor.query())
@@ -61,7 +73,8 @@ def test_every_line_after_the_first_connection_comes_once(
     for gap, instance, text, what in steps:
         now += gap
         if what == "line":
-            line = record(now, instance, text)
+            numbers[instance] += 1
+            line = record(now, numbers[instance], instance, text)
             server.lines.append(line)
             expected.append(line)
             if connected and cursor.admit(line):
@@ -73,8 +86,8 @@ def test_every_line_after_the_first_connection_comes_once(
             connected = False
     connect()
 
-    def key(line: Any) -> tuple[str, str, str]:
-        return line["time"], line["instance"], line["line"]
+    def key(line: Any) -> tuple[str, int]:
+        return line["instance"], line["seq"]
 
     assert sorted(map(key, got)) == sorted(map(key, expected))
 
@@ -83,23 +96,34 @@ def test_a_late_line_of_another_instance_is_not_lost_in_a_break() -> None:
     cursor = LogCursor(tail=10)
     cursor.query()
     cursor.connected(to_iso(START))
-    first, newest = record(0), record(4_000_000, "i1", "newest")
+    first, newest = record(0, 1), record(4_000_000, 2, "i1", "newest")
     assert cursor.admit(first)
     assert cursor.admit(newest)
-    since = cursor.query()["since"]
-    late = record(3_000_000, "i2", "late")
-    assert isinstance(since, str)
-    assert since <= late["time"]
+    query = cursor.query()
+    late = record(3_000_000, 1, "i2", "late")
+    assert str(query["since"]) <= late["time"]
+    assert query["after"] == "i1:2"
     assert [cursor.admit(line) for line in (first, late, newest)] == [False, True, False]
 
 
-def test_memory_stays_bounded() -> None:
+def test_an_instance_that_lags_behind_the_others_loses_nothing() -> None:
+    cursor = LogCursor(tail=10)
+    cursor.query()
+    assert cursor.admit(record(0, 1, "slow"))
+    assert cursor.admit(record(3_600_000_000, 1, "fast"))
+    assert set(str(cursor.query()["after"]).split(",")) == {"slow:1", "fast:1"}
+    assert cursor.admit(record(1, 2, "slow"))
+
+
+def test_memory_and_the_request_stay_bounded() -> None:
     cursor = LogCursor(tail=None)
     cursor.query()
-    for n in range(50_000):
-        assert cursor.admit(record(n * 10_000, line=str(n)))
-    assert len(cursor._seen) < 10_000
-    assert cursor.query()["since"] == to_iso(START + 49_999 * 10_000 - 5_000_000)
+    for n in range(20_000):
+        assert cursor.admit(record(n * 10_000, 1, instance=f"instance-{n}"))
+    assert len(cursor._seen) < 5000
+    query = cursor.query()
+    assert len(str(query["after"])) < 8000, "it must fit the head of a request"
+    assert query["since"] == to_iso(START + 19_999 * 10_000 - 5_000_000)
 
 
 def test_nothing_seen_and_no_old_lines_wanted() -> None:

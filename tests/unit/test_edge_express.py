@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from aether.edge import head
 from aether.edge.downstream import ClientConnection
+from aether.edge.headers import trace_id
 from aether.edge.options import RequestRecord, new_record
 from aether.edge.server import Edge
 from aether.edge.table import RouteTable
@@ -188,7 +189,7 @@ class World:
             "idle": self.backend.idle_connections,
             "in flight": self.backend.in_flight,
             "active": [client.exchange.active for client in self.clients],
-            "records": self.records,
+            "records": [record._replace(backend=None, trace=trace_id(record.trace)) for record in self.records],
             "counters": self.edge.counters,
         }
 
@@ -212,6 +213,7 @@ def played(script: list[Step], *, express_lane: bool) -> World:
             stack.enter_context(mock.patch(f"aether.edge.{module}.monotonic", world.clock))
         if not express_lane:
             stack.enter_context(mock.patch.object(head, "_PLAIN", frozenset[bytes]()))
+            stack.enter_context(mock.patch("aether.edge.downstream.recall", return_value=None))
         for step in script:
             world.play(step)
     return world
@@ -236,6 +238,7 @@ def events(*parts: bytes, express_lane: bool) -> World:
     with ExitStack() as stack:
         if not express_lane:
             stack.enter_context(mock.patch.object(head, "_PLAIN", frozenset[bytes]()))
+            stack.enter_context(mock.patch("aether.edge.downstream.recall", return_value=None))
         for module in ("downstream", "exchange", "express", "upstream"):
             stack.enter_context(mock.patch(f"aether.edge.{module}.monotonic", world.clock))
         for part in parts:
@@ -354,7 +357,7 @@ def test_other_requests_are_not_remembered(request_head: bytes) -> None:
 
 
 def test_records_are_what_their_class_makes() -> None:
-    fields = ("a", b"GET", 200, 0.5, 0.25, 1, 2, b"id", False)
+    fields = ("a", b"GET", 200, 0.5, 0.25, 1, 2, b"id", False, b"h", b"/", b"::1", b"trace", None, 3.5)
     record = new_record(RequestRecord, fields)
     assert type(record) is RequestRecord
     assert record == RequestRecord(*fields)

@@ -72,7 +72,7 @@ def test_a_refused_attempt_is_not_counted() -> None:
     limit.begin("ida", "address")
 
 
-@pytest.mark.parametrize("name", ["", "A", "1a", "a b", "a/b", "-a", "a" * 65, "ä", "a\n", *RESERVED])
+@pytest.mark.parametrize("name", ["", "A", "1a", "a b", "a/b", "-a", "a" * 65, "ä", "a\n", *sorted(RESERVED)])
 def test_names_that_are_refused(name: str) -> None:
     with pytest.raises(BadRequest):
         check_name(name)

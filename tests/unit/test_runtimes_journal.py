@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,9 +64,9 @@ def test_a_reader_that_keeps_up_sees_each_record_once(steps: list[int], limit: i
         written = 0
         behind = 0
         for step in [*steps, 0]:
-            # a record has about 50 bytes, so a file of the smallest limit holds two: read at least that often
+            # a file of the smallest limit holds one record of about 50 bytes: read at least that often
             for _ in range(step):
-                if behind >= limit // 60:
+                if behind >= max(1, (limit - 110) // 50):
                     seen += _drain(reader)
                     behind = 0
                 journal.append(b"stdout", [(True, f"{written:06d}".encode())])
@@ -140,3 +143,90 @@ def test_lines_lost_without_a_folder_are_counted(tmp_path: Path) -> None:
     reader.start(None)
     assert _drain(reader) == ["aether: 6 log lines were lost: No such file or directory", "kept"]
     reader.close()
+
+
+class Writer:
+    """A journal that writes numbered records: the text is the record's own number."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.journal = Journal(str(path).encode(), limit)
+        self.written = 0
+
+    def write(self, count: int) -> None:
+        for _ in range(count):
+            self.written += 1
+            self.journal.append(b"stdout", [(True, b"%d" % self.written)])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["read", "once", "reopen", "nothing"])), max_size=30),
+    st.integers(150, 900),
+)
+def test_a_slow_reader_is_told_exactly_what_it_missed(steps: list[tuple[int, str]], limit: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.log"
+        writer = Writer(path, limit)
+        reader = LogReader(path)
+        reader.start(after=0)
+        told: list[LogRecord] = []
+        for count, what in [*steps, (0, "read")]:
+            writer.write(count)
+            if what == "reopen":  # as a follower does after its connection broke
+                reader.close()
+                reader = LogReader(path)
+                reader.start(after=told[-1].seq if told else 0)
+            while what != "nothing" and (batch := reader.read()):
+                told += batch
+                if what == "once":
+                    break
+        reader.close()
+        writer.journal.close()
+        position = 0
+        for record in told:
+            if record.skipped:
+                assert record.stream == "aether"
+                assert str(record.skipped) in record.text
+                position += record.skipped
+            else:
+                position += 1
+                assert record.text == str(position)
+            assert record.seq == position
+        assert position == writer.written
+        times = [record.time_ns for record in told]
+        assert times == sorted(times)
+
+
+def test_numbers_go_on_in_a_journal_that_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.log"
+    for _ in range(5):
+        writer = Writer(path, 300)
+        writer.write(7)
+        writer.journal.close()
+    reader = LogReader(path)
+    reader.start(tail=1)
+    assert [record.seq for record in reader.read()] == [35]
+    reader.start(after=33)
+    assert [record.seq for record in reader.read()] == [34, 35]
+    reader.close()
+
+
+def test_a_log_that_could_not_be_rotated_is_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_old: bytes, _new: bytes) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    path = tmp_path / "x.log"
+    writer = Writer(path, 400)
+    reader = LogReader(path)
+    reader.start(after=0)
+    seen = 0
+    for _ in range(40):
+        writer.write(1)
+        for record in reader.read():
+            seen += record.skipped or 1
+            assert record.seq == seen
+    reader.close()
+    writer.journal.close()
+    assert seen == 40
+    assert path.stat().st_size <= 400

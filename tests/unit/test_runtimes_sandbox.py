@@ -101,6 +101,8 @@ class TestPlan:
             slirp=b"",
             open_files=1,
             data_bytes=number,
+            refused=[b"10.0.0.0/8"] * (number % 3),
+            allowed=[b"10.1.0.0/16"] * (number % 2),
         )
         assert vars(Plan.decode(plan.encode())) == vars(plan)
 

@@ -33,3 +33,12 @@ def test_requests_are_counted_by_class_and_duration() -> None:
         'edge_app_request_duration_seconds_bucket{le="+Inf"} 4.0',
         "edge_app_request_duration_seconds_count 4.0",
     }
+
+
+def test_a_status_beyond_all_classes_is_a_failure_of_the_app() -> None:
+    metrics = EdgeMetrics()
+    for status in (500, 599, 600, 999):
+        metrics.record(record("shop", status, 0.001))
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    assert 'edge_app_requests_total{status="5xx"} 4.0' in generate_latest(registry).decode().splitlines()

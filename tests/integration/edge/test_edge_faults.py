@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import pytest
 
 from aether.edge.options import EdgeOptions
 from support.edge import (
+    LIMIT_SECS,
     Client,
     PortInstance,
     Upstream,
@@ -168,7 +170,7 @@ async def test_silence_within_an_answer_ends_it_and_flow_does_not() -> None:
 
 
 async def test_slow_heads_are_ended_and_do_not_hinder_others() -> None:
-    options = EdgeOptions(header_timeout_secs=0.3, linger_secs=0.2)
+    options = EdgeOptions(header_timeout_secs=0.3, linger_secs=5)
     async with Upstream(echo_handler()) as upstream, running(options) as run:
         run.serve("app", upstream)
         slow = [await run.client() for _ in range(50)]
@@ -190,6 +192,19 @@ async def test_slow_heads_are_ended_and_do_not_hinder_others() -> None:
         assert sum(answer.startswith(b"HTTP/1.1 408 ") for answer in answers) >= 45
         assert run.edge.counters.errors[408] == 50
         assert upstream.connections < 10
+
+
+async def test_a_refused_client_that_goes_on_dripping_is_dropped() -> None:
+    async with running(EdgeOptions(header_timeout_secs=0.1, linger_secs=0.2)) as run:
+        client = await run.client()
+        await client.send(b"GET / HTTP/1.1\r\nX: ")
+        status, _, _ = await client.answer()
+        assert status == 408
+        async with asyncio.timeout(LIMIT_SECS):
+            while run.edge.counters.connections:
+                with contextlib.suppress(ConnectionError):
+                    await client.send(b"x")
+                await asyncio.sleep(0.02)
 
 
 async def test_slow_bodies_and_idle_connections_are_ended() -> None:

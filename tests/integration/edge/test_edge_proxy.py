@@ -390,3 +390,21 @@ async def test_instances_are_dialled_only_when_needed() -> None:
         for _ in range(5):
             await run.get()
         assert instance.dials == dials
+
+
+async def test_what_is_said_of_an_upload_reaches_the_api_and_no_app(tmp_path: Path) -> None:
+    said = (
+        b"X-Aether-Artifact-Digest: d\r\nx-aether-signature: s\r\nX-Aether-App: a\r\nX-Aether-Runtime: r\r\n"
+        b"X_Aether_App: b\r\nX-Aether-Role: admin\r\nContent-Length: 0\r\n\r\n"
+    )
+    names = {"x-aether-artifact-digest", "x-aether-signature", "x-aether-app", "x-aether-runtime"}
+    path = tmp_path / "api.sock"
+    async with Upstream(echo_handler()) as upstream, Upstream(echo_handler(), unix=path), running() as run:
+        run.serve("app", upstream)
+        run.table.set_api(["localhost"], path)
+        client = await run.client()
+        for host, passed in ((b"app.localhost", set[str]()), (b"localhost", names), (b"app.localhost", set[str]())):
+            status, _, body = await client.ask(b"POST / HTTP/1.1\r\nHost: " + host + b"\r\n" + said)
+            assert status == 200
+            seen = {line.partition(":")[0].lower() for line in body.decode().split("\r\n")}
+            assert {name for name in seen if "aether" in name} == passed

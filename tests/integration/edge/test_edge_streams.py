@@ -309,6 +309,38 @@ async def test_websockets() -> None:
         await until(lambda: run.edge.open_connections == 0)
 
 
+async def test_an_open_websocket_does_not_hold_up_the_end_but_a_request_does() -> None:
+    asked, answer_now = asyncio.Event(), asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        asked.set()
+        await answer_now.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
+        await writer.drain()
+
+    async with websocket_app() as port, Upstream(slow) as upstream, running() as run:
+        run.serve("app", port)
+        run.serve("slow", upstream)
+        session = await connect(f"ws://app.localhost:{run.port}/", host="127.0.0.1", port=run.port, proxy=None)
+        await session.send("hello")
+        assert await session.recv() == "hello"
+        client = await run.client()
+        await client.send(b"GET / HTTP/1.1\r\nHost: slow.localhost\r\n\r\n")
+        async with asyncio.timeout(LIMIT_SECS):
+            await asked.wait()
+            closing = asyncio.create_task(run.edge.close(LIMIT_SECS * 10))
+            await session.send("still")
+            assert await session.recv() == "still", "the tunnel goes on as long as a request is under way"
+            answer_now.set()
+            assert b"200 OK" in await read_head(client.reader)
+            assert await client.reader.readexactly(4) == b"done"
+            await closing
+            with pytest.raises(websockets.ConnectionClosed):
+                await session.recv()
+        assert run.edge.open_connections == 0
+
+
 async def tunnel(run: Running) -> Client:
     client = await run.client()
     await client.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\nConnection: Upgrade\r\nUpgrade: raw\r\n\r\nearly ")

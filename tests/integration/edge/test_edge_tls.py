@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aether.edge.options import EdgeOptions
 from aether.edge.server import Edge
 from aether.edge.table import RouteTable
 from support.edge import Client, PortInstance, Upstream, echo_handler, read_head
@@ -65,3 +66,34 @@ async def test_requests_and_tunnels_over_tls(certificate: tuple[Path, Path]) -> 
         writer.close()
         await edge.close(2)
         assert edge.open_connections == 0
+
+
+async def test_at_the_limit_of_handshakes_the_oldest_gives_way(certificate: tuple[Path, Path]) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(*certificate)
+    trusting = ssl.create_default_context(cafile=str(certificate[0]))
+    table = RouteTable()
+    edge = Edge(table, EdgeOptions(handshake_timeout_secs=60))
+    silent: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    async with Upstream(echo_handler()) as echo:
+        table.route("app", [table.add("app", PortInstance(echo.port))])
+        port = await edge.start(tls=server)
+        try:
+            for _ in range(1024):
+                silent.append(await asyncio.open_connection("127.0.0.1", port))
+            assert edge.counters.handshake_failures == 0, "so many wait at the same time"
+            honest = Client(
+                *await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="app.localhost")
+            )
+            assert (await honest.ask(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n"))[0] == 200
+            async with asyncio.timeout(20):
+                assert await silent[0][0].read() == b"", "the oldest is gone, long before its time"
+            assert edge.counters.handshake_failures == 1
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await silent[1][0].read()
+            honest.writer.close()
+        finally:
+            for _, writer in silent:
+                writer.transport.abort()
+            await edge.close(2)
