@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def compare(baseline: list[str], subject: list[str], env: dict[str, str], pairs:
 
 
 @contextmanager
-def server(aether: str) -> Iterator[dict[str, str]]:
+def server(aether: str, settings: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
     """A running, logged-in `aether up`; yields the environment of its user."""
     with tempfile.TemporaryDirectory(prefix="aether-bench-") as home, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,6 +68,7 @@ def server(aether: str) -> Iterator[dict[str, str]]:
         probe.close()
         env = {name: value for name, value in os.environ.items() if not name.startswith("AETHER_")}
         env |= {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("DATA", "CONFIG", "CACHE")}
+        env |= settings or {}
         env["AETHER_API_BASE"] = f"http://127.0.0.1:{port}"
         with open(f"{home}/up.stderr", "wb") as errors:
             up = subprocess.Popen(

@@ -35,6 +35,8 @@ client's own log go to stderr, so a command can be piped.
 |---|---|
 | `AETHER_API_BASE` | the server; else the session's, else `api_base` of the configuration, else `http://127.0.0.1:8080` |
 | `AETHER_TOKEN` | the token; wins over the session |
+| `AETHER_SIGNING_KEY` | the key that `deploy` signs with: a path, 64 hex characters, or PEM |
+| `AETHER_REQUIRE_PROVENANCE`, `AETHER_PROVENANCE_TIMEOUT_MS` | `1`: no deploy without provenance; how long git may take for it (10000) |
 | `${{XDG_CONFIG_HOME:-~/.config}}/aether/config.toml` | `api_base = "https://..."` |
 | `${{XDG_CACHE_HOME:-~/.cache}}/aether/session.json` | what `aether login` keeps (mode 0600); beside it dependencies and artifacts that may be deleted at any time |
 
@@ -46,7 +48,7 @@ client's own log go to stderr, so a command can be piped.
 | 2 | wrong usage: flags, names, an app or release that does not exist |
 | 10 | configuration: `aether.toml`, `package.json`, the session, a token that is missing, wrong or too weak |
 | 20 | the build failed, or an internal error |
-| 30 | files and disks of this machine; a port or data directory in use; an artifact that arrived damaged |
+| 30 | files and disks of this machine; a port or data directory in use; an artifact that arrived damaged, or that `verify` found wrong |
 | 40 | the network, or a server that is away or overloaded |
 | 50 | the rollout failed: the app did not become healthy (its last lines are shown), or something ended the rollout |
 | 130, 143 | ended by Ctrl-C or SIGTERM; a rollout under way was cancelled first |
