@@ -1,4 +1,4 @@
 # The same names as ./dev.sh, for those whose fingers type make.
-.PHONY: bootstrap verify run test lint bench db-start clean
-bootstrap verify run test lint bench db-start clean:
+.PHONY: bootstrap verify run test lint bench db-start schema-drift clean
+bootstrap verify run test lint bench db-start schema-drift clean:
 	@./dev.sh $@

@@ -22,8 +22,11 @@ usage: ./dev.sh COMMAND [ARGUMENTS]
               (stays up on a terminal until Ctrl-C; elsewhere it shows the answer and stops)
   test        lint and every test (arguments go to pytest and leave the lint out)
   lint        ruff, pyright, import-linter
-  bench       measure (all, or the names given: cli pack edge deploy) into bench/out/
+  bench       measure (all, or the names given: cli pack edge deploy apps logs registry) into bench/out/
+  faults      kill, cut off and double things in every phase of a deploy; writes docs/faults.md
+              (--runs N, --seed S, --only PHASE/FAULT)
   db-start    start a local PostgreSQL and print its DATABASE_URL
+  schema-drift  compare what the migrations make, on SQLite and PostgreSQL, with the tables of the code
   lock        resolve the dependencies again into requirements/*.lock
   clean       remove the environment, caches and bench output of this checkout
 TXT
@@ -55,6 +58,7 @@ needed_packages() {
   if [ "$(uname -s)" = Linux ]; then
     command -v bwrap >/dev/null || printf 'bubblewrap '
     command -v slirp4netns >/dev/null || printf 'slirp4netns '
+    compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || printf 'faketime '
   fi
   local name
   for name in "$@"; do
@@ -63,6 +67,14 @@ needed_packages() {
         command -v pigz >/dev/null || printf 'pigz '
         command -v wrk >/dev/null || printf 'wrk '
         [ -x /usr/sbin/nginx ] || command -v nginx >/dev/null || printf 'nginx-light '
+        ;;
+      s3) command -v radosgw >/dev/null || printf 'radosgw ceph-mon ceph-osd ceph-common ' ;;
+      microvm)
+        command -v qemu-system-x86_64 >/dev/null || printf 'qemu-system-x86 '
+        command -v mksquashfs >/dev/null || printf 'squashfs-tools '
+        command -v lz4 >/dev/null || printf 'lz4 '
+        command -v ip >/dev/null || [ -x /usr/sbin/ip ] || printf 'iproute2 '
+        echo 'int main(void){return 0;}' | cc -static -xc -o /dev/null - 2>/dev/null || printf 'gcc libc6-dev '
         ;;
       postgresql) compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || printf 'postgresql ' ;;
     esac
@@ -101,6 +113,53 @@ node_runtime() {
     fi
     export PATH="$dir/node_modules/node/bin:$PATH"
   fi
+}
+
+# A server to test against; built once where there is Go, and its tests are left out where there is not.
+go_server() {
+  local name=$1 source=$2 what=$3
+  command -v go >/dev/null || return 0
+  [ -x "$cache/go/bin/$name" ] || {
+    say "building $name, $what"
+    GOBIN=$cache/go/bin GOPATH=$cache/go/path GOFLAGS=-modcacherw \
+      go install -ldflags '-s -w' "$source" >/dev/null 2>&1 ||
+      say "$name could not be built: the tests that need it are left out"
+  }
+}
+
+pebble() {
+  go_server pebble github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1 "the ACME authority of the tests"
+}
+
+# Two S3 servers that differ in what they support (see tests/support/s3_servers.py).
+versitygw() {
+  go_server versitygw github.com/versity/versitygw/cmd/versitygw@v1.8.0 "an S3 server of the tests (some minutes)"
+}
+
+# Ceph is a lot to ask of somebody's machine: it comes by itself only where apt may bring it.
+s3_packages() {
+  command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] && printf s3
+}
+
+# Virtual machines are tested where apt may bring what they need; so is the guest's kernel, as files in the cache only.
+microvm_packages() {
+  command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] && [ "$(uname -sm)" = 'Linux x86_64' ] && printf microvm
+}
+
+guest_kernel() {
+  [ -n "$(microvm_packages)" ] || return 0
+  compgen -G "$cache/kernel/boot/vmlinuz-*" >/dev/null && return
+  local name part
+  apt-get update -qq || true
+  name=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p') || true
+  part=$(mktemp -d)
+  say "getting the guest's kernel, $name"
+  if (cd "$part" && apt-get download -qq -o APT::Sandbox::User=root "$name" && dpkg-deb -x "$name"_*.deb kernel) >/dev/null; then
+    mkdir -p "$cache" && rm -rf "$cache/kernel" && mv "$part/kernel" "$cache/kernel"
+  else
+    say "the guest's kernel could not be had: the tests that need it are left out"
+  fi
+  rm -rf "$part"
 }
 
 environment() {
@@ -149,14 +208,27 @@ cmd_lint() {
   lint-imports
 }
 
+# What tests of PostgreSQL need, unless there is a server for them (see tests/support/databases.py).
+test_database() {
+  [ -n "${DATABASE_URL:-}" ] && return
+  compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && return
+  [ "$(id -u)" != 0 ] && command -v docker >/dev/null && return
+  printf postgresql
+}
+
 cmd_test() {
-  bootstrap
+  # shellcheck disable=SC2046
+  bootstrap $(test_database) $(s3_packages) $(microvm_packages)
+  guest_kernel
+  pebble
+  versitygw
   if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
   fi
   say "lint" && cmd_lint
   say "tests"
-  python -m pytest
+  # files side by side, each whole on one worker: most tests wait for processes and for the clock
+  python -m pytest -n "${AETHER_TEST_WORKERS:-3}" --dist loadfile --durations=30
 }
 
 cmd_run() {
@@ -167,12 +239,22 @@ cmd_run() {
 cmd_bench() {
   bootstrap bench
   local name
-  [ $# -gt 0 ] || set -- cli pack edge deploy
+  [ $# -gt 0 ] || set -- cli pack edge deploy apps logs registry
   for name in "$@"; do
     [ -f "bench/$name.py" ] || die "no bench called $name"
+    if [ "$name" = registry ]; then
+      # shellcheck disable=SC2046
+      system_packages postgresql $(s3_packages)
+      versitygw
+    fi
     say "bench $name"
     python "bench/$name.py"
   done
+}
+
+cmd_faults() {
+  bootstrap
+  exec python scripts/faults.py "$@"
 }
 
 cmd_db_start() {
@@ -200,6 +282,12 @@ cmd_db_start() {
   say "stop it with: $bin/pg_ctl -D $data stop"
 }
 
+cmd_schema_drift() {
+  # shellcheck disable=SC2046
+  bootstrap $(test_database)
+  exec python -m pytest -q tests/integration/test_stores_schema.py -k "drift or migrations or newest"
+}
+
 cmd_lock() {
   environment
   local flags=(--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q)
@@ -221,7 +309,9 @@ case $command in
   test) cmd_test "$@" ;;
   lint) cmd_lint ;;
   bench) cmd_bench "$@" ;;
+  faults) cmd_faults "$@" ;;
   db-start) cmd_db_start ;;
+  schema-drift) cmd_schema_drift ;;
   lock) cmd_lock ;;
   clean) cmd_clean ;;
   '' | -h | --help | help) usage ;;
