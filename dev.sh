@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
 cache=${AETHER_DEV_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/aether-dev}
 venv=$root/.venv
+UNSTEADY_AT_MOST=5
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
 die() {
@@ -179,11 +180,13 @@ environment() {
     # uv comes first from the same lock, hashes checked, and installs the rest
     awk -v want="$uv" '$1==want{on=1} on{print} on&&!/\\$/{exit}' requirements/dev.lock >"$venv/uv.lock"
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes -r "$venv/uv.lock"
-    "$venv/bin/uv" pip sync -q --python "$venv/bin/python" --require-hashes requirements/dev.lock
+    "$venv/bin/uv" pip sync -q --compile-bytecode --python "$venv/bin/python" --require-hashes requirements/dev.lock
     "$venv/bin/uv" pip install -q --python "$venv/bin/python" --no-deps --no-build-isolation -e .
     printf '%s' "$stamp" >"$venv/.stamp"
   fi
   export PATH="$venv/bin:$PATH"
+  # every server and keeper that a test starts would compile all of this again where nothing writes bytecode
+  "$venv/bin/python" -m compileall -q -j 0 src tests || true
 }
 
 bootstrap() {
@@ -228,7 +231,22 @@ cmd_test() {
   say "lint" && cmd_lint
   say "tests"
   # files side by side, each whole on one worker: most tests wait for processes and for the clock
-  python -m pytest -n "${AETHER_TEST_WORKERS:-3}" --dist loadfile --durations=30
+  local code=0
+  python -m pytest -n "${AETHER_TEST_WORKERS:-3}" --dist loadfile --durations=30 || code=$?
+  [ "$code" = 1 ] || exit "$code"
+  second_attempt
+}
+
+# A few tests that failed beside the others get one run by themselves. What passes only then is named: it is a fault
+# of the test or a race of the product, and is to be mended, but does not hide whether anything else is wrong.
+second_attempt() {
+  local failed=$root/.pytest_cache/v/cache/lastfailed
+  [ "$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$failed")" -le "$UNSTEADY_AT_MOST" ] || exit 1
+  cp "$failed" "$root/.pytest_cache/first-attempt"
+  say "once more, by themselves: what failed"
+  python -m pytest --last-failed --last-failed-no-failures none || exit $?
+  say "UNSTEADY: failed beside the others and passed by themselves (see the first attempt above):"
+  python -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' "$root/.pytest_cache/first-attempt" >&2
 }
 
 cmd_run() {

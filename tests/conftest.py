@@ -4,6 +4,7 @@ that was tested does not support, which does not."""
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,10 @@ __all__ = ["database", "database_url", "own_postgresql", "postgresql"]
 settings.register_profile("search", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "search")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # what a shell runs in the background ignores it, and so would every program that a test starts and interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _MISSING, _UNSUPPORTED = "component:", "unsupported:"
 _not_run: dict[str, list[str]] = {}

@@ -112,5 +112,5 @@ def test_the_first_archive_is_a_cpio_that_every_field_of_is_aligned(tmp_path_fac
         names.append(archive[at + 110 : at + 109 + fields[11]].decode())
         at += (110 + fields[11] + 3) // 4 * 4 + (fields[6] + 3) // 4 * 4
     assert names == [
-        "dev", "proc", "sys", "root", "modules", "dev/console", "init", "modules/a.ko", "modules/list", "TRAILER!!!"
+        "dev", "proc", "sys", "system", "modules", "dev/console", "init", "modules/a.ko", "modules/list", "TRAILER!!!"
     ]  # fmt: skip

@@ -29,6 +29,8 @@ _MAX_DIRECTORY = 256 << 20
 _ALL16, _ALL32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED, _DESCRIBED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x8, 0x800
 _KNOWN_FLAGS = 0x6 | _DESCRIBED | _UTF8
+_NEWEST_VERSION = 63
+"""Of the format, in tenths (APPNOTE 6.3); the low byte of what an entry says it needs."""
 _STORED, _DEFLATED = 0, 8
 _EXTRA_ZIP64, _EXTRA_NAME = 0x0001, 0x7075
 _DOS_FOLDER = 0x10
@@ -185,7 +187,7 @@ def _places(text: bytes, what: bytes) -> Iterator[int]:
 def _central(body: bytes, at: int) -> tuple[_Record, int]:
     """The record of the directory at `at`, and where the next one begins."""
     try:
-        (mark, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, note_len, disk, _, attributes,
+        (mark, _, needed, flags, method, _, _, crc, packed, size, name_len, extra_len, note_len, disk, _, attributes,
          offset) = _CENTRAL.unpack_from(body, at)  # fmt: skip
     except error as problem:
         raise InvalidArchive("the archive's directory is cut off") from problem
@@ -203,7 +205,7 @@ def _central(body: bytes, at: int) -> tuple[_Record, int]:
         raise InvalidArchive("the archive is one of several parts")
     if flags & _ENCRYPTED:
         raise InvalidArchive(f"'{show(name)}' is encrypted")
-    if flags & ~_KNOWN_FLAGS:
+    if flags & ~_KNOWN_FLAGS or needed & 0xFF > _NEWEST_VERSION:
         raise InvalidArchive(f"'{show(name)}' needs a way of packing that is not known here")
     if method not in (_STORED, _DEFLATED):
         raise InvalidArchive(f"'{show(name)}' is neither stored nor deflated")
