@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from aether.model.function_instance import Code, FunctionSpec, FunctionStatus
+from aether.model.function import FunctionDefinition
+from aether.model.function_instance import (
+    Code,
+    CodeForm,
+    FunctionLogRecord,
+    FunctionSpec,
+    FunctionState,
+    FunctionStatus,
+    Invocation,
+)
 from aether.model.instance import InstanceExit, LogRecord
 
 
@@ -61,3 +71,61 @@ class FunctionRuntime(Protocol):
     async def close(self) -> None:
         """End every instance."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionVersion:
+    """What instances of a function are started from, as the catalogue has it now."""
+
+    function_id: str
+    version: int
+    """Grows with every change of the code or of a field; instances of a lower one are outdated."""
+    definition: FunctionDefinition
+    """With the variables in clear."""
+    code_digest: str
+    """SHA-256 of the archive's bytes, lower-case hex."""
+    code_form: CodeForm
+
+
+class FunctionSource(Protocol):
+    """The catalogue, as those need it who start instances."""
+
+    async def current(self) -> Sequence[FunctionVersion]:
+        """Of every function that has code and is not being deleted. Raises ServiceUnavailable."""
+        ...
+
+    async def fetch(self, version: FunctionVersion) -> Code:
+        """The archive on this machine, verified; downloaded once however many ask. Raises NotFound when it is gone
+        from the store, ServiceUnavailable while the store is away."""
+        ...
+
+
+class FunctionControl(Protocol):
+    """What runs functions, as the API needs it."""
+
+    def changed(self) -> None:
+        """The catalogue has changed: look at it now rather than soon."""
+        ...
+
+    async def warm(self, function_id: str) -> None:
+        """Ask for one instance of the newest version, if there is none and none starting; returns at once, and what
+        becomes of it is in `state`. Raises NotFound."""
+        ...
+
+    async def state(self, function_id: str) -> FunctionState:
+        """What there is of a function now; of an unknown one, nothing."""
+        ...
+
+    async def gone(self, function_id: str) -> None:
+        """Return when no instance of a function is left that the catalogue no longer has."""
+        ...
+
+    async def log(self, function_id: str, tail: int = 100) -> Sequence[FunctionLogRecord]:
+        """The last lines of the logs of its instances, those that have ended lately included, by time."""
+        ...
+
+
+class InvocationSink(Protocol):
+    """Where records of invocations go; in batches, off the hot path. Raises ServiceUnavailable."""
+
+    async def add(self, invocations: Sequence[Invocation]) -> None: ...

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from aether.model.instance import InstanceExit
+from aether.model.instance import InstanceExit, LogRecord
 
 
 class CodeForm(StrEnum):
@@ -63,3 +63,78 @@ class FunctionStatus:
     exit: InstanceExit | None = None
     reason: str = ""
     """Why it ended, where a code or signal does not say it."""
+
+
+class StartKind(StrEnum):
+    """How the instance of an invocation came to be: for the invocation itself (cold, or restored from a snapshot), or
+    before it."""
+
+    WARM = "warm"
+    COLD = "cold"
+    RESTORED = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """One finished invocation. `started_at` is a UNIX time in seconds."""
+
+    id: str
+    function_id: str
+    version: int
+    instance_id: str
+    """Empty when there was none for it."""
+    started_at: float
+    duration_ms: float
+    method: str
+    path: str
+    """Without the query, cut at 200 characters."""
+    status: int
+    """What the caller got; 499 when it left before an answer began."""
+    start: StartKind
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """One instance as it is shown: `stage` is starting, serving, draining or leaving."""
+
+    id: str
+    version: int
+    stage: str
+    in_flight: int
+    since: float
+    """UNIX time at which it was asked for."""
+    ready_ms: float | None
+    """From the start until it listened."""
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStart:
+    """The last start that failed, or instance that ended by itself before it had run well."""
+
+    version: int
+    at: float
+    reason: str
+    log: tuple[str, ...]
+    """The end of the instance's log."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionState:
+    """What there is of a function now."""
+
+    instances: tuple[InstanceState, ...] = ()
+    waiting: int = 0
+    """Callers that wait for an instance."""
+    failures: int = 0
+    """Failed instances in a row; none is started before `retry_at`."""
+    retry_at: float | None = None
+    last_failure: FailedStart | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionLogRecord:
+    """A line of an instance's log."""
+
+    instance_id: str
+    record: LogRecord
