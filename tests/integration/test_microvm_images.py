@@ -216,7 +216,7 @@ def test_any_tree_makes_the_same_image_in_any_order(
     folder = tmp_path_factory.mktemp("trees")
     store = ImageStore(folder / "images")
     made = [
-        store._image(code(put(folder / "1", tar(flat)), CodeForm.TAR_GZ), "one"),
-        store._image(code(put(folder / "2", zip_of(dict(order))), CodeForm.ZIP), "two"),
+        store.made(code(put(folder / "1", tar(flat)), CodeForm.TAR_GZ), "one"),
+        store.made(code(put(folder / "2", zip_of(dict(order))), CodeForm.ZIP), "two"),
     ]
     assert made[0].digest == made[1].digest

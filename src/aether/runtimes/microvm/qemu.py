@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aether.model.errors import BadRequest, Conflict, NotFound, ServiceUnavailable
+from aether.model.errors import Conflict, NotFound, ServiceUnavailable
 from aether.model.function_instance import Code, FunctionSpec, FunctionStatus
 from aether.model.instance import InstanceExit, LogRecord
 from aether.runtimes.microvm import leftovers
@@ -26,13 +25,13 @@ from aether.runtimes.microvm.images import ImageStore
 from aether.runtimes.microvm.machine import Launch, Machine, how
 from aether.runtimes.microvm.metadata import Metadata
 from aether.runtimes.microvm.network import GUEST_MAC
+from aether.runtimes.rules import check_name, check_spec
 
 FIRST_UID = 260_000
 """Monitors run as users from here on, one each, who own nothing."""
 PROGRAM = "qemu-system-x86_64"
 _MAX_MACHINES = 10_000
 _LOG_TAIL = 20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class QemuRuntime:
             return self._accelerator
 
     async def start(self, spec: FunctionSpec) -> None:
-        _check(spec)
+        check_spec(spec)
         if spec.instance_id in self._machines:
             raise Conflict(f"there is an instance {spec.instance_id} already")
         guest, image, accelerator = await asyncio.gather(
@@ -146,7 +145,7 @@ class QemuRuntime:
         return sorted(self._machines)
 
     async def log(self, instance_id: str, tail: int = 100) -> Sequence[LogRecord]:
-        _check_name(instance_id)
+        check_name(instance_id)
         return await asyncio.to_thread(read_log, self._log(instance_id), tail)
 
     async def sweep(self) -> Sequence[str]:
@@ -224,17 +223,3 @@ def program() -> str:
     if found is None:
         raise ServiceUnavailable(f"microVMs cannot run here: {PROGRAM} is missing; install qemu-system-x86")
     return found
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise BadRequest(f"'{name}' cannot name an instance")
-
-
-def _check(spec: FunctionSpec) -> None:
-    _check_name(spec.instance_id)
-    if not 64 <= spec.memory_mb <= 65_536 or not 1 <= spec.vcpus <= 32:
-        raise BadRequest("a function takes 64 to 65536 MB of memory and 1 to 32 processors")
-    path = spec.entrypoint
-    if not path or path.startswith(("/", "-")) or ".." in path.split("/"):
-        raise BadRequest("an entry point is a file in the code, by its path from the code's root")

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from aether.model.errors import ServiceUnavailable
+from aether.runtimes.interpreters import node_program, output, python_program
 
 RUNTIMES = ("node", "python")
 """What is shipped; others are registered with a root file system of their own."""
 
-MIN_NODE = 20
 _FOLDERS = ("app", "dev", "etc", "proc", "tmp", "usr/bin", "usr/lib")
 _ETC = {
     "passwd": "root:x:0:0::/:/sbin/nologin\nfunction:x:1000:1000::/tmp:/sbin/nologin\n",
@@ -34,23 +34,6 @@ _LEFT_OUT = {
     *("__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"),
     *("ensurepip", "lib2to3", "pydoc_data", "venv", "config"),
 }
-_ASK_SECS = 30.0
-
-
-def node_program() -> Path:
-    """The Node.js binary of this machine. Raises ServiceUnavailable when there is none or it is too old."""
-    program = shutil.which("node")
-    if program is None:
-        raise ServiceUnavailable(f"functions in Node.js cannot run here: install Node.js {MIN_NODE} or newer")
-    told = _output([program, "-p", "process.versions.node + '\\n' + process.execPath"]).splitlines()
-    if len(told) != 2 or int(told[0].split(".")[0]) < MIN_NODE:
-        raise ServiceUnavailable(f"functions need Node.js {MIN_NODE} or newer; here is {told[0] if told else 'none'}")
-    return Path(os.path.realpath(told[1]))
-
-
-def python_program() -> Path:
-    """The interpreter that this very process runs, not its environment's stand-in."""
-    return Path(os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable))
 
 
 def sources(runtime: str) -> list[Path]:
@@ -115,7 +98,7 @@ def _libraries(programs: Iterable[Path], tree: Path) -> None:
     """Copy what the loader finds for `programs` to the places where it finds them, the loader included."""
     found: set[str] = set()
     for program in programs:
-        told = _output(["ldd", os.fspath(program)], allow_failure=True)
+        told = output(["ldd", os.fspath(program)], allow_failure=True)
         if " => not found" in told:
             continue  # a module of the standard library whose library is not installed does not work here either
         found.update(_LIBRARY.findall(told))
@@ -127,15 +110,3 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     target.chmod(0o755)
-
-
-def _output(command: list[str], *, allow_failure: bool = False) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_SECS, check=False, env={**os.environ, "LC_ALL": "C"}
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServiceUnavailable(f"{command[0]} does not work here: {error}") from error
-    if done.returncode != 0 and not allow_failure:
-        raise ServiceUnavailable(f"{command[0]} does not work here: {done.stderr.strip()}")
-    return done.stdout

@@ -11,9 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from aether.model.errors import NotFound
+from aether.runtimes.locks import LOCK, PART, locked, sweep_parts
 from aether.runtimes.microvm.guest import initramfs, kernel, rootfs
 from aether.runtimes.microvm.images import BUILDER, make_image
-from aether.runtimes.microvm.locks import LOCK, PART, locked, sweep_parts
 
 VERSION = "2"
 """Part of every key: change it whenever the same sources would give another guest."""
