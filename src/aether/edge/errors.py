@@ -27,13 +27,14 @@ def error_response(
     close: bool,
     bodyless: bool = False,
     old: bool = False,
+    retry_after_secs: int = 1,
 ) -> bytes:
     """A complete answer. `bodyless` for HEAD; `old` for an HTTP/1.0 client that asked to stay connected."""
     reason, code = _REASONS[status]
     body = json.dumps({"code": code, "message": message, "trace_id": trace_id.decode("ascii")}).encode()
     fields = ["Content-Type: application/json", "Cache-Control: no-store"]
     if status == 503:
-        fields.append("Retry-After: 1")
+        fields.append(f"Retry-After: {retry_after_secs}")
     return own_response(f"{status} {reason}", fields, body, request_id, close=close, bodyless=bodyless, old=old)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from aether.edge.body import LAST_CHUNK, encode_chunk
 from aether.edge.errors import error_response, redirect_response, text_response
+from aether.edge.functions import FUNCTIONS, FunctionRoute, NoRoom, retargeted
 from aether.edge.head import HEAD_END, NO_BODY, NO_REQUEST, RequestHead, ResponseHead
 from aether.edge.headers import (
     client_response,
@@ -49,6 +50,7 @@ class Exchange:
         "_keep_alive",
         "_replay",
         "_replays",
+        "_retry_after_secs",
         "_route",
         "_started_at",
         "_task",
@@ -94,6 +96,7 @@ class Exchange:
         self._tunnel: Tunnel | None = None
         self._replay: bytes | None = None
         self._replays = 0
+        self._retry_after_secs = 1
         self._held: list[bytes] = []
         self._encode = False
         self._keep_alive = True
@@ -126,7 +129,7 @@ class Exchange:
             traces = edge.traces
             self._trace = trace = traces.continued(head.traceparent) if head.traceparent else traces.new()
             self.request_id = request_id = head.request_id or trace_id(trace)
-            if head.for_api and _leads_to_api(client.entrance, head.host):
+            if head.for_api and _leads_to_api(client.entrance, head):
                 head.lines.extend(head.for_api)
             data = upstream_request(upstream_start(head, client.forwarded), request_id, trace)
         entrance = client.entrance
@@ -136,6 +139,14 @@ class Exchange:
         if route is None:
             self.fail(404, f"no app answers to the host '{head.host.decode('ascii')}'")
             return
+        if route.app is None and edge.functions is not None and head.target.startswith(FUNCTIONS):
+            found, target, name = edge.functions.enter(head.target)
+            if route.backends:  # else the client is sent on
+                if found is None:
+                    self.fail(404, f"there is no function '{name[:80].decode('ascii')}'")
+                    return
+                self._route = route = found
+                data = retargeted(data, head.method, head.target, target)
         if head.plain:
             self._replay = data
         elif complete and not body and not head.chunked:
@@ -183,16 +194,16 @@ class Exchange:
         """Send on a pooled connection of the chosen backend, or dial one; dial for a request that is sent again,
         so that it does not meet another connection that has just ended."""
         backend = route.pick()
+        if backend is None and isinstance(route, FunctionRoute):
+            self._held = [data]
+            self._task = self.client.edge.own_task(self._wait(route), self)
+            return
         if backend is None:
             self.fail(503, "the app has no running instance; it may be starting")
             return
         backend.in_flight += 1
         self._backend = backend
-        upstream = None if self._replays else backend.take(now)
-        if self._replay is None:
-            while upstream is not None and upstream.gone():
-                upstream.close()
-                upstream = backend.take(now)
+        upstream = self._pooled(backend, now)
         if upstream is None:
             self._held = [data]
             self._task = self.client.edge.own_task(self._dial(backend), self)
@@ -200,6 +211,47 @@ class Exchange:
             self.upstream = upstream
             self.sent_at = now
             upstream.begin(self, data)
+
+    def _pooled(self, backend: EdgeBackend, now: float) -> UpstreamConnection | None:
+        upstream = None if self._replays else backend.take(now)
+        if self._replay is None:
+            while upstream is not None and upstream.gone():
+                upstream.close()
+                upstream = backend.take(now)
+        return upstream
+
+    async def _wait(self, route: FunctionRoute) -> None:
+        """Send the request once an instance of the function has room."""
+        backend = await self._room(route)
+        if backend is None:
+            return
+        upstream = self._pooled(backend, monotonic())
+        if upstream is None:
+            await self._dial(backend)
+        else:
+            self._send_held(upstream)
+
+    async def _room(self, route: FunctionRoute) -> EdgeBackend | None:
+        """A backend with the request counted in; None when it has been answered because there is none."""
+        try:
+            backend = await route.room(self.request_id, self._started_at + route.wait_secs)
+        except NoRoom as refused:
+            self._task = None
+            self._retry_after_secs = refused.retry_after_secs
+            self.fail(refused.status, refused.message)
+            return None
+        self._backend = backend
+        return backend
+
+    def _send_held(self, upstream: UpstreamConnection) -> None:
+        """What was held back while there was no connection goes out."""
+        self._task = None
+        self.seen = monotonic()
+        held, self._held = self._held, []
+        self.upstream = upstream
+        self.sent_at = self.seen
+        upstream.begin(self, b"".join(held))
+        self.client.update_reading()
 
     async def _dial(self, backend: EdgeBackend) -> None:
         """Connect to `backend`, or while that fails to another one: nothing has been sent yet."""
@@ -214,8 +266,17 @@ class Exchange:
             except (OSError, TimeoutError) as error:
                 edge.counters.dial_failures += 1
                 tried.add(backend)
+                route = self._route
+                if isinstance(route, FunctionRoute):
+                    route.unreachable(backend)
                 self._leave_backend()
-                other = None if self._route is None else self._route.pick(tried)
+                other = None if route is None else route.pick(tried)
+                if other is None and isinstance(route, FunctionRoute):
+                    other = await self._room(route)
+                    if other is None:
+                        return
+                    backend = other
+                    continue
                 if other is None:
                     self._task = None
                     self._cannot_dial(error)
@@ -223,27 +284,24 @@ class Exchange:
                 backend = other
                 backend.in_flight += 1
                 self._backend = backend
-        self._task = None
-        self.seen = monotonic()
-        held, self._held = self._held, []
-        self.upstream = upstream
-        self.sent_at = self.seen
-        upstream.begin(self, b"".join(held))
-        self.client.update_reading()
+        self._send_held(upstream)
 
     def _cannot_dial(self, error: OSError | TimeoutError) -> None:
         if isinstance(error, TimeoutError):
-            self.fail(504, "no instance of the app accepted a connection in time")
+            self.fail(504, f"no instance of {self._whom()} accepted a connection in time")
         elif self._route is not None and not self._route.backends:
             self.fail(503, "the app has no running instance; it may be starting")
         else:
-            self.fail(502, "no instance of the app accepts connections")
+            self.fail(502, f"no instance of {self._whom()} accepts connections")
+
+    def _whom(self) -> str:
+        return "the function" if isinstance(self._route, FunctionRoute) else "the app"
 
     def dial_crashed(self) -> None:
         """A driver raised something that `dial` does not promise."""
         self._task = None
         if self.active:
-            self.fail(502, "the app's instance cannot be reached")
+            self.fail(502, f"the instance of {self._whom()} cannot be reached")
 
     # ---- the answer
 
@@ -324,7 +382,7 @@ class Exchange:
         client = self.client
         if not self.head.upgrade or not head.upgrade:
             upstream.abort()
-            self.fail(502, "the app switched protocols without being asked")
+            self.fail(502, f"{self._whom()} switched protocols without being asked")
             return
         self.status = 101
         self.answering = True
@@ -359,7 +417,7 @@ class Exchange:
                 self._attempt(self._route, self._replay, monotonic())
         else:
             self.upstream = None
-            self.fail(502, "the app closed the connection without an answer")
+            self.fail(502, f"{self._whom()} closed the connection without an answer")
 
     def upstream_broke(self, upstream: UpstreamConnection, message: str) -> None:
         """The answer cannot be understood; the connection is already gone."""
@@ -378,10 +436,11 @@ class Exchange:
         errors = self.client.edge.counters.errors
         errors[status] = errors.get(status, 0) + 1
         ids = self.request_id, trace_id(self._trace)
+        retry_after_secs, self._retry_after_secs = self._retry_after_secs, 1
         self._reply(
             status,
             lambda close, bodyless, old: error_response(
-                status, message, *ids, close=close, bodyless=bodyless, old=old
+                status, message, *ids, close=close, bodyless=bodyless, old=old, retry_after_secs=retry_after_secs
             ),
         )
 
@@ -453,8 +512,8 @@ class Exchange:
         elif not self.upload_done and not self.upload_blocked:
             if silence > options.idle_timeout_secs:
                 self.fail(408, "the request body did not come in time")
-        elif silence > options.upstream_timeout_secs:
-            self.fail(504, "the app did not answer in time")
+        elif silence > ((self._route is not None and self._route.timeout_secs) or options.upstream_timeout_secs):
+            self.fail(504, f"{self._whom()} did not answer in time")
         return True
 
     def _cut_off(self) -> None:
@@ -525,6 +584,6 @@ class Exchange:
                 edge.on_access(record)
 
 
-def _leads_to_api(entrance: Entrance, host: bytes) -> bool:
-    route = entrance.found.get(host) or entrance.find(host)
-    return route is not None and route.app is None
+def _leads_to_api(entrance: Entrance, head: RequestHead) -> bool:
+    route = entrance.found.get(head.host) or entrance.find(head.host)
+    return route is not None and route.app is None and not head.target.startswith(FUNCTIONS)

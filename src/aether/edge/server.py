@@ -20,6 +20,7 @@ from aether.edge.table import Entrance, RouteTable
 
 if TYPE_CHECKING:
     from aether.edge.exchange import Exchange
+    from aether.edge.functions import FunctionTable
 
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
@@ -38,6 +39,8 @@ class Edge:
         """Called once for every finished request, on the data path: it must be quick and must not raise."""
         self.on_access: RecordSink | None = None
         """Called after `on_record`, if that is set; for the access log."""
+        self.functions: FunctionTable | None = None
+        """Requests for `/functions/NAME` at the API's hosts go to its routes."""
         self.counters = EdgeCounters()
         self.traces = TraceParents()
         self.closing = False
@@ -113,6 +116,8 @@ class Edge:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.table.close_idle()
+        if self.functions is not None:
+            self.functions.close_idle()
         if self._connections:
             await self._all_gone.wait()
         for server in self._servers:
@@ -180,6 +185,9 @@ class Edge:
         for connection in list(self._connections):
             connection.check(now)
         self.table.prune(now)
+        functions = self.functions
+        if functions is not None:
+            functions.prune(now)
         options = self.options
         shortest = min(
             options.header_timeout_secs,
@@ -189,6 +197,7 @@ class Edge:
             options.tunnel_idle_secs,
             options.pool_idle_secs,
             options.linger_secs,
+            _MAX_TICK * 4 if functions is None else functions.shortest_timeout_secs,
         )
         self._ticker = self.loop.call_later(max(_MIN_TICK, min(_MAX_TICK, shortest / 4)), self._tick)
 

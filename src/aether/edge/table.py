@@ -31,6 +31,9 @@ class Route:
 
     __slots__ = ("_backends", "_pairs", "_turn", "app", "closed")
 
+    timeout_secs = 0.0
+    """Until an answer begins; 0: as everywhere."""
+
     def __init__(self, app: str | None, backends: tuple[EdgeBackend, ...] = ()) -> None:
         self.app = app
         self.closed: EdgeBackend | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from aether.model.function import FunctionDefinition
@@ -16,6 +16,7 @@ from aether.model.function_instance import (
     FunctionState,
     FunctionStatus,
     Invocation,
+    StartKind,
 )
 from aether.model.instance import InstanceExit, LogRecord
 
@@ -129,3 +130,66 @@ class InvocationSink(Protocol):
     """Where records of invocations go; in batches, off the hot path. Raises ServiceUnavailable."""
 
     async def add(self, invocations: Sequence[Invocation]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRules:
+    """What the edge must know of a function. Times are seconds."""
+
+    name: str
+    version: int
+    concurrency: int
+    """Requests that one instance is given at once, at most."""
+    timeout_secs: float
+    """From when a request was sent to an instance until its answer begins."""
+    wait_secs: float
+    """How long a request waits for an instance with room."""
+    max_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServingInstance:
+    """An instance that takes requests, and how it is connected to. `dial` raises OSError."""
+
+    id: str
+    version: int
+    start: StartKind
+    dial: Callable[[], Awaitable[socket.socket]]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteLoad:
+    """What a function has to do now, at one gateway."""
+
+    waiting: int = 0
+    in_flight: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By instance, those included that take no more and have not finished."""
+    idle_since: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Since when (monotonic) an instance that takes requests has had none."""
+
+
+class FunctionRouter(Protocol):
+    """The way of requests to instances, at this gateway. Its calls are made on the data path: they must be quick and
+    must not raise."""
+
+    on_wait: Callable[[str], None]
+    """A request of this function has begun to wait."""
+    on_unreachable: Callable[[str, str], None]
+    """An instance of this function took no connection; it gets no requests until `serve` names it again."""
+    on_drained: Callable[[str, str], None]
+    """An instance that takes no more requests has finished its last one."""
+    on_invocation: Callable[[Invocation], None]
+
+    def serve(self, function_id: str, rules: RouteRules, instances: Sequence[ServingInstance]) -> None:
+        """From now on requests go to exactly these instances; without any they wait."""
+        ...
+
+    def drop(self, function_id: str) -> None:
+        """Requests are answered with 404 from now on, and so are those that wait."""
+        ...
+
+    def load(self, function_id: str) -> RouteLoad: ...
+
+    def fail_waiting(self, function_id: str, message: str, retry_after_secs: int) -> None:
+        """Whoever waits is answered with 503 now."""
+        ...

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from aether.edge.access_log import AccessLog
+from aether.edge.functions import FunctionName
 from aether.edge.options import EdgeCounters, RequestRecord
 from aether.edge.table import CountedApp
 
@@ -29,9 +30,12 @@ class EdgeMetrics(Collector):
         self._seconds = 0.0
 
     def record(self, request: RequestRecord) -> None:
-        """Count a finished request to an app; those to the API are counted by route there."""
+        """Count a finished request to an app; those to the API are counted by route there, those to functions as
+        invocations."""
         app = request.app
-        if app is not None:
+        if type(app) is FunctionName:
+            app.answered(request)
+        elif app is not None:
             duration = request.duration
             self._buckets[bisect_left(BUCKETS, duration)] += 1
             self._seconds += duration
