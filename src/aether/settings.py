@@ -84,6 +84,7 @@ class Settings:
     retain_latest_per_app: int = 20
     deployment_failed_ttl_secs: float = 30 * 86_400.0
     audit_ttl_secs: float = 365 * 86_400.0
+    function_invocation_ttl_secs: float = 7 * 86_400.0
     drain_timeout_secs: float = 30.0
     stop_grace_secs: float = 10.0
     app_memory_bytes: int = 512 * 1024**2

@@ -16,12 +16,12 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aether.apps.vault import KEY_NAMES, Variables, Vault, config_identity, deployment_identity
+from aether.apps.vault import KEY_NAMES, Variables, Vault, config_identity, deployment_identity, function_identity
 from aether.leases import hold
 from aether.model.database import DatabasePort
 from aether.model.times import now_us
 from aether.registry.attestation_keys import identity as attestation_key_identity
-from aether.stores.database.tables import attestation_keys, configs, deployments, secret_keys
+from aether.stores.database.tables import attestation_keys, configs, deployments, function_versions, secret_keys
 
 _BATCH = 200
 _log = structlog.stdlib.get_logger("aether.sealing")
@@ -47,6 +47,12 @@ _KINDS = (
     ),
     _Kind(
         deployments, deployments.c.env, lambda row: deployment_identity(row.app_id, row.id), (deployments.c.app_id,)
+    ),
+    _Kind(
+        function_versions,
+        function_versions.c.env,
+        lambda row: function_identity(row.function_id, row.version),
+        (function_versions.c.function_id, function_versions.c.version),
     ),
     _Kind(attestation_keys, attestation_keys.c.sealed, lambda row: attestation_key_identity(row.id)),
 )

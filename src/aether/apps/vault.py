@@ -1,7 +1,8 @@
-"""Variables of apps as they rest in the database: sealed, each set bound to its row, and opened only where needed.
+"""Variables as they rest in the database: sealed, each set bound to its row, and opened only where needed.
 
-Two kinds of rows hold variables: config versions (`configs.env`) and what came with one deployment
-(`deployments.env`). The keys and the cipher are the sealer's; who may see a value is the API's.
+Three kinds of rows hold variables: config versions (`configs.env`), what came with one deployment (`deployments.env`)
+and versions of functions (`function_versions.env`). The keys and the cipher are the sealer's; who may see a value is
+the API's.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ NO_VARIABLES = Variables({})
 
 
 class Vault:
-    """Seals and opens the variables of apps."""
+    """Seals and opens the variables of apps and functions."""
 
     def __init__(self, sealer: Sealer) -> None:
         self.sealer = sealer
@@ -97,6 +98,13 @@ class Vault:
         """The variables that came with a deployment. Raises ServiceUnavailable."""
         return json.loads(self.sealer.unseal(row.sealed_env, deployment_identity(row.app_id, row.id)))
 
+    def seal_function(self, function_id: str, version: int, env: Mapping[str, str]) -> str:
+        return self.sealer.seal(_compact(dict(env)), function_identity(function_id, version))
+
+    def open_function(self, function_id: str, version: int, text: str) -> dict[str, str]:
+        """The variables of one version of a function. Raises ServiceUnavailable."""
+        return json.loads(self.sealer.unseal(text, function_identity(function_id, version)))
+
     async def config(self, tx: AsyncConnection, app_id: str, version: int) -> Variables:
         """The variables of one config version; version 0 is the empty one that every app begins with.
         Raises ServiceUnavailable."""
@@ -121,6 +129,11 @@ def config_identity(app_id: str, version: int) -> str:
 def deployment_identity(app_id: str, deployment_id: str) -> str:
     """The row a text of `deployments` is bound to."""
     return f"deployments/{app_id}/{deployment_id}"
+
+
+def function_identity(function_id: str, version: int) -> str:
+    """The row a text of `function_versions` is bound to."""
+    return f"functions/{function_id}/{version}"
 
 
 def _compact(document: Mapping[str, Any]) -> bytes:

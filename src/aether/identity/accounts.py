@@ -21,7 +21,7 @@ from aether.model.database import DatabasePort
 from aether.model.errors import BadRequest, Conflict, NotFound
 from aether.model.names import new_id
 from aether.model.times import now_us
-from aether.stores.database.tables import applications, memberships, owners, teams, tokens, users
+from aether.stores.database.tables import applications, functions, memberships, owners, teams, tokens, users
 
 MAX_NAME = 64
 RESERVED = frozenset({"admin", "anonymous", "api-token", DEFAULT_TEAM})
@@ -203,16 +203,20 @@ class Accounts:
             return await _with_members(tx, (await tx.execute(query)).all())
 
     async def delete_team(self, name: str) -> None:
-        """Raises NotFound, Conflict while the team owns apps."""
+        """Raises NotFound, Conflict while the team owns apps or functions."""
         async with self._database.write() as tx:
             # whoever makes an app of the team's or gives one to it meanwhile holds or awaits the same lock
             await tx.execute(sa.select(owners.c.name).where(owners.c.name == name).with_for_update())
             if await tx.scalar(sa.select(teams.c.id).where(teams.c.name == name).with_for_update()) is None:
                 raise NotFound(f"there is no team '{name}'")
-            query = sa.select(applications.c.name).where(applications.c.owner == name).order_by(applications.c.name)
-            if owned := list((await tx.execute(query.limit(4))).scalars()):
-                few = ", ".join(owned[:3]) + (", ..." if len(owned) > 3 else "")
-                raise Conflict(f"the team owns apps ({few}): delete them or give them to another owner first")
+            for table, what, remedy in (
+                (applications, "apps", "delete them or give them to another owner first"),
+                (functions, "functions", "delete them first"),
+            ):
+                query = sa.select(table.c.name).where(table.c.owner == name).order_by(table.c.name)
+                if owned := list((await tx.execute(query.limit(4))).scalars()):
+                    few = ", ".join(owned[:3]) + (", ..." if len(owned) > 3 else "")
+                    raise Conflict(f"the team owns {what} ({few}): {remedy}")
             await tx.execute(sa.delete(teams).where(teams.c.name == name))
             await tx.execute(sa.delete(owners).where(owners.c.name == name))
         self._forget()

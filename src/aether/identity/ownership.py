@@ -1,6 +1,7 @@
-"""Whose apps a caller may touch: one rule, as a check of one app and as a condition for lists.
+"""Whose apps and functions a caller may touch: one rule, as a check of one and as a condition for lists.
 
-Somebody else's app is told exactly as one that does not exist, so that names, digests and ids tell nothing.
+A token that is bound to apps may touch the functions that are called as they are. What is somebody else's is told
+exactly as what does not exist, so that names, digests and ids tell nothing.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ import sqlalchemy as sa
 from aether.identity.roles import Principal
 from aether.model.database import DatabasePort
 from aether.model.errors import NotFound
-from aether.stores.database.tables import applications, deployments
+from aether.model.function import is_function_id
+from aether.stores.database.tables import applications, deployments, functions
 
 
 def visible(caller: Principal) -> sa.ColumnElement[bool]:
     """The condition on `applications` that `Principal.may_touch` is on one app."""
+    return _touchable(applications, caller)
+
+
+def visible_functions(caller: Principal) -> sa.ColumnElement[bool]:
+    """The same on `functions`."""
+    return _touchable(functions, caller)
+
+
+def _touchable(table: sa.Table, caller: Principal) -> sa.ColumnElement[bool]:
     conditions: list[sa.ColumnElement[bool]] = []
     if caller.apps is not None:
-        conditions.append(applications.c.name.in_(sorted(caller.apps)))
+        conditions.append(table.c.name.in_(sorted(caller.apps)))
     if not caller.role_sees_all:
-        conditions.append(applications.c.owner.in_(sorted(caller.owners)))
+        conditions.append(table.c.owner.in_(sorted(caller.owners)))
     return sa.and_(sa.true(), *conditions)
 
 
@@ -37,6 +48,18 @@ class Ownership:
             owner = await tx.scalar(sa.select(applications.c.owner).where(applications.c.name == name))
         if owner is None or not caller.may_touch(name, owner):
             raise NotFound(f"there is no app '{name}'")
+
+    async def check_function(self, caller: Principal, ref: str) -> None:
+        """`ref` is an id or a name. Raises NotFound for a function of others; one that does not exist is left to
+        whoever looks for it."""
+        if caller.sees_everything:
+            return
+        called = functions.c.id if is_function_id(ref) else functions.c.name
+        async with self._database.read(brief=True) as tx:
+            query = sa.select(functions.c.name, functions.c.owner).where(called == ref)
+            row = (await tx.execute(query)).one_or_none()
+        if row is None or not caller.may_touch(row.name, row.owner):
+            raise NotFound(f"there is no function '{ref}'")
 
     async def check_deployment(self, caller: Principal, deployment_id: str) -> None:
         """Raises NotFound for a deployment of an app of others."""

@@ -20,10 +20,12 @@ from aether.registry.public_keys import active_keys, signer
 from aether.settings import Settings
 from aether.stores.database.tables import artifacts, attestations
 
+_AS_ARTIFACT = "upload the code as an artifact and name its digest, as `aether deploy` does"
+
 
 @dataclass(frozen=True, slots=True)
 class ReleasePolicy:
-    """Implements the port of the apps."""
+    """Implements the ports of the apps and of the functions."""
 
     signature: bool = False
     sbom: bool = False
@@ -56,6 +58,15 @@ class ReleasePolicy:
             found = await tx.scalar(query)
             if found is None or {key.id for key in keys}.isdisjoint(json.loads(found)):
                 raise ProvenanceRequired(_unproven(found is not None), details)
+
+    def check_unknown(self) -> None:
+        """For code that is no artifact, of which nothing is known. Raises as `check` does."""
+        if self.signature:
+            raise SignatureRequired(f"this server runs signed artifacts only: {_AS_ARTIFACT}")
+        if self.sbom:
+            raise SbomRequired(f"this server runs artifacts with an SBOM only: {_AS_ARTIFACT}")
+        if self.provenance:
+            raise ProvenanceRequired(f"this server runs artifacts with provenance only: {_AS_ARTIFACT}")
 
 
 def _unsigned(has_signature: bool) -> str:

@@ -377,7 +377,8 @@ secret_keys = sa.Table(
     sa.Column("id", sa.String(16), primary_key=True),
     _time("created_at"),
 )
-"""Ids of the keys that may have sealed `configs.env` or `deployments.env`; the keys are not in the database."""
+"""Ids of the keys that may have sealed `configs.env`, `deployments.env` or `function_versions.env`; the keys are not
+in the database."""
 
 deployments = sa.Table(
     "deployments",
@@ -497,3 +498,57 @@ runs = sa.Table(
     sa.Index(None, "deployment_id"),
 )
 """One-off runs, under way until `ended_at` is set."""
+
+functions = sa.Table(
+    "functions",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(40), nullable=False, unique=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    _time("created_at"),
+    _time("updated_at"),
+    _time("deleting_at", nullable=True),
+)
+"""`version` is the one of `function_versions` that counts now."""
+
+function_versions = sa.Table(
+    "function_versions",
+    metadata,
+    _id(),
+    sa.Column("function_id", sa.String(36), sa.ForeignKey("functions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("definition", sa.Text, nullable=False),
+    sa.Column("env", sa.Text, nullable=False),
+    sa.Column("code_digest", sa.String(64), nullable=True),
+    sa.Column("code_form", sa.String(8), nullable=True),
+    sa.Column("code_bytes", sa.BigInteger, nullable=True),
+    sa.Column("artifact_id", sa.String(36), nullable=True),
+    sa.Column("rollback_of", sa.Integer, nullable=True),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    sa.UniqueConstraint("function_id", "version"),
+    sa.Index(None, "code_digest"),
+    _one_of("code_form", ["zip", "tar.gz", "artifact"]),
+)
+"""What a function was from one change to the next. `env` is sealed; `artifact_id` is the artifact that the code is a
+copy of, which may be gone."""
+
+function_invocations = sa.Table(
+    "function_invocations",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("function_id", sa.String(36), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("instance_id", sa.String(64), nullable=False),
+    _time("started_at"),
+    sa.Column("duration_ms", sa.Float, nullable=False),
+    sa.Column("method", sa.String(32), nullable=False),
+    sa.Column("path", sa.String(200), nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("start", sa.String(16), nullable=False),
+    sa.Index(None, "function_id", "started_at", "id"),
+    sa.Index(None, "started_at"),
+    _one_of("start", ["warm", "cold", "restored"]),
+)
+"""Finished calls; they come late and in batches, maybe of a function that is gone by then, so nothing refers."""
