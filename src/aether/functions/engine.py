@@ -7,7 +7,7 @@ may as well be processes of their own. Here they share a process, a board and th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -88,7 +88,7 @@ class FunctionEngine:
             task.add_done_callback(_tell)
         try:
             async with asyncio.timeout(_LEASE_SECS):
-                await self.board.opened()
+                await self.gateway.routed.wait()
             yield
         finally:
             for task in tasks:

@@ -51,6 +51,8 @@ class Gateway:
         self._suspects: dict[str, str] = {}
         """Functions by instances that took no connection and that nobody has looked at since."""
         self._served: set[str] = set()
+        self.routed = asyncio.Event()
+        """Routes are as the versions and the board were at some time."""
         self.on_suspect: Callable[[str, str], None] = lambda _function, _instance: None
         router.on_unreachable = self._suspect
         router.on_drained = lambda _function, _instance: self._look.set()
@@ -73,6 +75,7 @@ class Gateway:
                 changed.clear()
                 self._look.clear()
                 self._route()
+                self.routed.set()
                 wanted = Acknowledged(self._board.withdrawn_at, self._busy())
                 if wanted != told:
                     try:

@@ -245,7 +245,7 @@ class Keeping:
     async def _end(self) -> None:
         """At once and whole."""
         own: tuple[asyncio.Task[Any] | None, ...] = (self._start, self._wait, self._check, self._stop)
-        tasks = [task for task in own if task is not None]
+        tasks: list[asyncio.Task[Any]] = [task for task in own if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
