@@ -130,6 +130,25 @@ class Settings:
     """Hosts, or domains with a dot before them, that may be proven at private addresses."""
     sandbox: str = "auto"
     """auto, bubblewrap, or none (a plain child; refused unless the edge listens on loopback)."""
+    function_runtime: str = "auto"
+    """qemu (a virtual machine each), process (a sandbox each), auto (the first of them that this machine can have), or
+    off."""
+    function_kernel_root: Path = Path("/")
+    """Where the guest's kernel is: the folder that holds boot/ and lib/modules/."""
+    function_parallel_starts: int = 0
+    """Instances that start at the same time; 0: as many as the machine has processors."""
+    function_start_secs: float = 60.0
+    """An instance that does not listen by then has failed."""
+    function_wait_secs: float = 60.0
+    """How long a call waits for an instance with room."""
+    function_max_waiting: int = 2000
+    """Calls of one function that wait at the same time; more are refused."""
+    function_target: float = 3.0
+    """Calls that one instance should have at a time."""
+    function_idle_secs: float = 30.0
+    """After so long without a call an instance goes, while another remains."""
+    function_last_idle_secs: float = 300.0
+    """After so long the last one goes, too."""
     disable_background: bool = False
     secrets_key: str = field(default="", repr=False, metadata={"secret": True})
     """Keys in base64, the newest first, separated by commas."""
@@ -177,6 +196,8 @@ def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
             f"AETHER_MULTIPART_PART_SIZE_BYTES must be at least {SMALLEST_PART_BYTES}: object stores take no smaller "
             "parts"
         )
+    if values.get("function_runtime", "auto") not in ("auto", "qemu", "process", "off"):
+        raise ConfigError("AETHER_FUNCTION_RUNTIME must be auto, qemu, process or off")
     _check_origins(values.get("cors_allowed_origins", ()))
     _check_storage(values)
     if values.get("access_log", "file") not in ("file", "stdout", "off"):
