@@ -49,7 +49,8 @@ const routes = {
     socket.on('close', () => done({}));
     socket.on('error', (error) => done({error: error.code}));
   }),
-  '/flood': async () => { fs.writeSync(1, 'flooded ' + 'x'.repeat(70000) + '\n'); return {}; },
+  '/eat': async () => { const held = []; for (;;) held.push(Buffer.alloc(1 << 20, 1)); },
+  '/flood': () => new Promise((done) => process.stdout.write('flooded ' + 'x'.repeat(70000) + '\n', () => done({}))),
 };
 http.createServer(async (request, response) => {
   response.end(JSON.stringify(await routes[request.url]()));

@@ -140,6 +140,10 @@ class ProcessInstance:
     def signal(self, number: int) -> None:
         self._say(b"signal %d" % number)
 
+    def note(self, text: str) -> None:
+        """Put a short line of Aether's own into the log."""
+        self._say(b"note " + text.encode())
+
     def _say(self, message: bytes) -> None:
         if self._events is not None:
             with suppress(OSError):  # the keeper has just left, and its command with it

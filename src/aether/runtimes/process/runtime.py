@@ -47,12 +47,15 @@ _OPEN = Egress()
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept."""
+    """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept.
+    `lifeline`: the reading end of a pipe; instances are ended when its other end is closed, so when nobody has it."""
 
     sandbox: str = "auto"
     log_bytes: int = 10 * 1024 * 1024
     open_files: int = 65_536
     egress: Egress = _OPEN
+    first_uid: int = FIRST_UID
+    lifeline: int = -1
 
 
 class ProcessRuntime:
@@ -88,7 +91,7 @@ class ProcessRuntime:
             task.exception()  # whoever called has it; one that gave up will not ask
 
     async def _start(self, spec: InstanceSpec) -> ProcessInstance:
-        folder = self._folder(spec.instance_id)
+        folder = self.folder(spec.instance_id)
         _check_name(spec.app)
         found = await self.probe()
         if not found.usable:
@@ -107,7 +110,7 @@ class ProcessRuntime:
 
     async def adopt(self, instance_id: str) -> ProcessInstance | None:
         async with self._only(instance_id):
-            folder = self._folder(instance_id)
+            folder = self.folder(instance_id)
             if record.Record.read(folder) is None:
                 return None
             await self._settled_start(folder)
@@ -120,7 +123,7 @@ class ProcessRuntime:
             return []
 
     async def remove(self, instance_id: str) -> None:
-        folder = self._folder(instance_id)
+        folder = self.folder(instance_id)
         async with self._only(instance_id):
             held = self._adopt(instance_id)
             if held is not None:
@@ -185,6 +188,11 @@ class ProcessRuntime:
         return await asyncio.to_thread(kept_logs, self._data / "logs")
 
     # --- beyond the port --------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> host.HostView:
+        """What instances see of this machine's files."""
+        return self._view
 
     async def probe(self) -> SandboxReport:
         """What the sandbox can do here, found by running one; remembered once it worked."""
@@ -260,7 +268,7 @@ class ProcessRuntime:
                 expires_ms=int(spec.timeout_secs * 1000),
                 owner=self._uid(spec.app) if kind != NONE and os.geteuid() == 0 else -1,
             )
-            reason = await _run_keeper(plan, folder, lock, spec.instance_id)
+            reason = await _run_keeper(plan, folder, lock, spec.instance_id, self._options.lifeline)
         finally:
             os.close(lock)
         if reason is not None:
@@ -321,7 +329,7 @@ class ProcessRuntime:
     def _uid_from(self, path: Path, app: str) -> int:
         known: dict[str, int] = json.loads(path.read_bytes()) if path.exists() else {}
         if app not in known:
-            known[app] = max(known.values(), default=FIRST_UID) + 1
+            known[app] = max(known.values(), default=self._options.first_uid) + 1
             part = path.with_name(path.name + ".part")
             part.write_text(json.dumps(known))
             part.replace(path)
@@ -346,7 +354,7 @@ class ProcessRuntime:
     def _adopt(self, instance_id: str) -> ProcessInstance | None:
         if (held := self._held.get(instance_id)) is not None:
             return held
-        folder = self._folder(instance_id)
+        folder = self.folder(instance_id)
         found = record.Record.read(folder)
         if found is None:
             return None
@@ -420,7 +428,7 @@ class ProcessRuntime:
                 await trial.close()
         return "" if ended.code == 0 else f"a trial sandbox {ended}: {' / '.join(said[-3:]) or 'it said nothing'}"
 
-    def _folder(self, instance_id: str) -> Path:
+    def folder(self, instance_id: str) -> Path:
         _check_name(instance_id)
         return self._instances_dir / instance_id
 
@@ -456,20 +464,20 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-async def _run_keeper(plan: Plan, folder: Path, lock: int, instance_id: str) -> str | None:
+async def _run_keeper(plan: Plan, folder: Path, lock: int, instance_id: str, lifeline: int) -> str | None:
     """Start a keeper and wait until it vouches for the instance; returns why it does not, or None."""
     errors = os.open(folder / _ERRORS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", "-E", "-c", _BOOT),
-            *(os.fspath(Path(__file__).parent), str(lock), instance_id),
+            *(os.fspath(Path(__file__).parent), str(lock), instance_id, str(lifeline)),
             cwd=folder,
             env={},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            pass_fds=(lock,),
+            pass_fds=(lock,) if lifeline < 0 else (lock, lifeline),
             start_new_session=True,
         )
     finally:

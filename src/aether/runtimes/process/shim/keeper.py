@@ -1,11 +1,13 @@
 """The keeper's loop: holds the instance's pipes, writes its log, stops and reaps it, answers on `shim.sock`.
 
 Messages on the socket (one datagram each): `status` -> `running` or `exited ...`; `subscribe` -> `log` whenever the
-log grew and `exited CODE SIGNAL OOM EXPIRED` at the end; `stop MILLISECONDS` -> `ok`; `dial` hands the connection to
-the dialer; `attach` joins it to the standard streams of a run (see `console`), `window ROWS COLUMNS` and `signal N`
-are for such a run. The keeper's flock on `lock` says that it lives; `state.json` says how the instance ended.
+log grew and `exited CODE SIGNAL OOM EXPIRED` at the end; `stop MILLISECONDS` -> `ok`; `note TEXT` puts a line of
+Aether's own into the log; `dial` hands the connection to the dialer; `attach` joins it to the standard streams of a
+run (see `console`), `window ROWS COLUMNS` and `signal N` are for such a run. The keeper's flock on `lock` says that
+it lives; `state.json` says how the instance ended.
 
 A run is on a leash: when whoever was attached is gone, or its time is over, the keeper ends it, server or no server.
+With a lifeline (the end of a pipe that its server holds) an instance is ended when the server is gone.
 """
 
 from __future__ import annotations
@@ -47,11 +49,14 @@ _HANG_UP = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
 def main() -> None:
     """Read the plan from stdin, detach, start the instance, say `ok` on stdout, keep it until it has ended."""
     # The server took the lock, so that at no moment neither it nor the keeper vouches for the instance.
-    lock = int(sys.argv[1])
-    os.set_inheritable(lock, False)
+    lock, lifeline = int(sys.argv[1]), int(sys.argv[3])
     # uvloop leaves its ends of the standard streams open in a child; held, they would never tell the server "the end"
-    os.closerange(3, lock)
-    os.closerange(lock + 1, 1 << 16)
+    first = 3
+    for kept in sorted({lock, lifeline} - {-1}):
+        os.set_inheritable(kept, False)
+        os.closerange(first, kept)
+        first = kept + 1
+    os.closerange(first, 1 << 16)
     plan = Plan.decode(sys.stdin.buffer.read())
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.path.lexists(SOCKET):
@@ -63,7 +68,7 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
-    Keeper(plan, listener).run()
+    Keeper(plan, listener, lifeline).run()
 
 
 def _ignore(_number: int, _frame: object) -> None:
@@ -71,9 +76,10 @@ def _ignore(_number: int, _frame: object) -> None:
 
 
 class Keeper:
-    def __init__(self, plan: Plan, listener: socket.socket) -> None:
+    def __init__(self, plan: Plan, listener: socket.socket, lifeline: int) -> None:
         self._plan = plan
         self._listener = listener
+        self._lifeline = lifeline
         self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._clients: dict[int, socket.socket] = {}
@@ -115,6 +121,8 @@ class Keeper:
             signal.signal(number, signal.SIG_IGN)
         self.watch(wakeup, lambda: self._woken(wakeup))
         self.watch(self._listener.fileno(), self._accept)
+        if self._lifeline >= 0:
+            self.watch(self._lifeline, self._abandoned)
         if self._plan.kind == NONE:
             launch.adopt_orphans()
         self._start()
@@ -135,6 +143,11 @@ class Keeper:
             for helper in self._restarts.take(now):
                 self._mend(helper)
         self._finish()
+
+    def _abandoned(self) -> None:
+        """The server is gone, and this instance is not to outlive it."""
+        self.unwatch(self._lifeline)
+        self._stop(0.0)
 
     def _terminated(self, _number: int, _frame: object) -> None:
         self._stop(_SHUTDOWN_SECS)
@@ -468,6 +481,8 @@ class Keeper:
                 self._console.resize(min(int(rows), 0xFFFF), min(int(columns), 0xFFFF))
         elif word == b"signal" and argument.isdigit():
             self._signal_all(int(argument))
+        elif word == b"note":
+            self._journal.notice(argument.decode(errors="replace"))
         elif word == b"dial":
             self.unwatch(fd)  # what follows is for the dialer to read
             self._hand_over(fd)
