@@ -138,6 +138,24 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
         "/apps/shop/public-keys", {"public_key_hex": "?"}, 401, 403, 400, 404, 400,
     ),
     ("DELETE", "/apps/{app}/public-keys/{key_id}"): ("/apps/shop/public-keys/x", None, 401, 403, 404, 404, 404),
+    ("POST", "/api/functions"): (
+        "/api/functions", {"name": "f-{me}", "runtime": "node", "entrypoint": "a.js"}, 401, 403, 201, 201, 201,
+    ),
+    ("GET", "/api/functions"): ("/api/functions", None, 401, 200, 200, 200, 200),
+    ("GET", "/api/functions/runtimes"): ("/api/functions/runtimes", None, 401, 200, 200, 200, 200),
+    ("GET", "/api/functions/{function}"): ("/api/functions/greet", None, 401, 200, 200, 404, 200),
+    ("PUT", "/api/functions/{function}"): ("/api/functions/greet", {}, 401, 403, 200, 404, 200),
+    ("DELETE", "/api/functions/{function}"): ("/api/functions/gone-{me}", None, 401, 403, 204, 404, 204),
+    ("POST", "/api/functions/{function}/code"): ("/api/functions/greet/code", None, 401, 403, 400, 404, 400),
+    ("GET", "/api/functions/{function}/versions"): ("/api/functions/greet/versions", None, 401, 200, 200, 404, 200),
+    ("POST", "/api/functions/{function}/rollback"): (
+        "/api/functions/greet/rollback", {"version": 1}, 401, 403, 400, 404, 400,
+    ),
+    ("POST", "/api/functions/{function}/warm"): ("/api/functions/greet/warm", None, 401, 403, 409, 404, 409),
+    ("GET", "/api/functions/{function}/invocations"): (
+        "/api/functions/greet/invocations", None, 401, 200, 200, 404, 200,
+    ),
+    ("GET", "/api/functions/{function}/logs"): ("/api/functions/greet/logs", None, 401, 200, 200, 404, 200),
 }  # fmt: skip
 
 
@@ -177,6 +195,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             assert up.api("PUT", f"/teams/web/members/{name}")[0] == 200
         for app in ("shop", *(f"doomed-{caller}" for caller in CALLERS)):
             assert up.api("POST", "/apps", {"name": app, "team": "web"})[1]["owner"] == "web"
+        for name in ("greet", *(f"gone-{caller}" for caller in CALLERS)):
+            function = {"name": name, "runtime": "node", "entrypoint": "index.js", "team": "web"}
+            assert up.api("POST", "/api/functions", function)[1]["owner"] == "web"
         for host in ("shop.test", *(f"{caller}.shop.test" for caller in CALLERS)):
             assert up.api("POST", "/apps/shop/hosts", {"host": host})[0] == 201
         deployed = up.deploy("shop", hello("shop"))
@@ -252,6 +273,7 @@ async def test_what_is_not_there_and_what_is_not_yours_read_the_same(
     for theirs, nothing in (
         ("/apps/shop", "/apps/none"),
         ("/deployments/" + world.facts["id"], "/deployments/00000000-0000-7000-8000-000000000000"),
+        ("/api/functions/greet", "/api/functions/none"),
         (f"/artifacts/{world.facts['digest']}/meta", f"/artifacts/{'0' * 64}/meta"),
         ("/deployments?app=shop", "/deployments?app=none"),
     ):

@@ -24,6 +24,8 @@ TOKENS = {"admin": "tok-admin", "deployer": "tok-deployer"}
 ENDLESS = ("follow",)
 """Query parameters that make an answer last."""
 
+_DESTROYED = ("/apps/{app}", "/teams/{team}", "/api/functions/{function}")
+
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -37,6 +39,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert it.api("POST", "/apps/shop/scale", {"web": 0})[0] == 200
         it.api("POST", "/apps", {"name": "idle"})
         it.api("POST", "/teams", {"name": "crew"})
+        it.api("POST", "/api/functions", {"name": "greet", "runtime": "node", "entrypoint": "index.js"})
         yield it
 
 
@@ -48,6 +51,7 @@ def known(up: Server) -> dict[str, str]:
         "app": "shop",
         "deployment_id": newest["id"],
         "digest": newest["digest"],
+        "function": "greet",
         "team": "crew",
         "user": "nobody",
     }
@@ -79,7 +83,7 @@ def checks() -> list[Any]:
 def tame(case: Any, known: dict[str, str], real: bool) -> None:
     """Name something that exists, where that destroys nothing, and let nothing wait."""
     path, method = case.operation.path, case.operation.method.upper()
-    if real and not (method == "DELETE" and path in ("/apps/{app}", "/teams/{team}")):
+    if real and not (method == "DELETE" and path in _DESTROYED):
         for name in case.path_parameters or {}:
             if name in known:
                 case.path_parameters[name] = "idle" if path.endswith("/scale") else known[name]

@@ -28,6 +28,7 @@ class Owns(Enum):
 
     NOTHING = "the route touches nobody's things"
     APP = "the guard checks the app that the path names"
+    FUNCTION = "the guard checks the function that the path names"
     DEPLOYMENT = "the guard checks the app of the deployment that the path names"
     NAMED = "the handler checks the app that the body or the query names"
     VISIBLE = "the handler shows what its caller may touch and nothing else"
@@ -144,6 +145,19 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/apps/{app}/public-keys"): Rule(_READER, Owns.APP),
     ("POST", "/apps/{app}/public-keys"): Rule(_DEPLOYER, Owns.APP),
     ("DELETE", "/apps/{app}/public-keys/{key_id}"): Rule(_DEPLOYER, Owns.APP),
+    # functions
+    ("POST", "/api/functions"): Rule(_DEPLOYER, Owns.NAMED),
+    ("GET", "/api/functions"): Rule(_READER, Owns.VISIBLE),
+    ("GET", "/api/functions/runtimes"): Rule(_READER),
+    ("GET", "/api/functions/{function}"): Rule(_READER, Owns.FUNCTION),
+    ("PUT", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("DELETE", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("POST", "/api/functions/{function}/code"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("GET", "/api/functions/{function}/versions"): Rule(_READER, Owns.FUNCTION),
+    ("POST", "/api/functions/{function}/rollback"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("POST", "/api/functions/{function}/warm"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("GET", "/api/functions/{function}/invocations"): Rule(_READER, Owns.FUNCTION),
+    ("GET", "/api/functions/{function}/logs"): Rule(_READER, Owns.FUNCTION),
 }
 
 
@@ -165,6 +179,8 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     ownership, path = services.identity.ownership, connection.path_params
     if rule.owns is Owns.APP:
         await ownership.check_app(caller, path["app"])
+    elif rule.owns is Owns.FUNCTION:
+        await ownership.check_function(caller, path["function"])
     elif rule.owns is Owns.DEPLOYMENT:
         await ownership.check_deployment(caller, path["deployment_id"])
 

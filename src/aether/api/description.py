@@ -14,6 +14,7 @@ from litestar import Litestar
 
 from aether.api.authorization import PUBLIC_PATHS
 from aether.api.errors import Envelope
+from aether.api.function_views import CodeOfArtifact
 
 _FAILURES = {
     400: "The request does not fit.",
@@ -39,6 +40,9 @@ def describe(app: Litestar) -> bytes:
     spec: dict[str, Any] = app.openapi_schema.to_schema()
     schemas = spec.setdefault("components", {}).setdefault("schemas", {})
     schemas["Error"] = msgspec.json.schema_components([Envelope])[1]["Envelope"]
+    # bodies that are read by hand; what their handlers name is there already
+    for name, shape in msgspec.json.schema_components([CodeOfArtifact], ref_template=_REF)[1].items():
+        schemas.setdefault(name, shape)
     for struct in _structs(msgspec.Struct):
         if struct.__struct_config__.forbid_unknown_fields and struct.__name__ in schemas:
             schemas[struct.__name__]["additionalProperties"] = False
@@ -48,10 +52,17 @@ def describe(app: Litestar) -> bytes:
     return msgspec.json.encode(spec)
 
 
+_REF = "#/components/schemas/{name}"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DOCUMENT = {"application/json": {"schema": {"type": "object"}}}
 _RAW_BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("/artifacts", "post"): {
         "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": "A .tar.gz."}}
+    },
+    ("/api/functions/{function}/code", "post"): {
+        "application/zip": _BINARY,
+        "application/gzip": _BINARY,
+        "application/json": {"schema": {"$ref": "#/components/schemas/CodeOfArtifact"}},
     },
     ("/artifacts/{digest}/manifest", "post"): _DOCUMENT,
     ("/artifacts/{digest}/sbom", "post"): _DOCUMENT,

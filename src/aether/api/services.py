@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aether.api.transfers import ObjectTransfer
     from aether.apps.services import AppServices
     from aether.backup.write import Plan, Writer
+    from aether.functions.services import FunctionServices
     from aether.hosts.certificates import Certificates
     from aether.hosts.service import Hosts
     from aether.registry.service import Registry
@@ -36,6 +37,7 @@ class Services:
     identity: Identity
     registry: Registry | None = None
     apps: AppServices | None = None
+    functions: FunctionServices | None = None
     hosts: Hosts | None = None
     certificates: Certificates | None = None
     """None without TLS."""

@@ -36,8 +36,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OBJECTS = "/objects/"
 _CONTROL_WAIT_SECS = 10.0
-_STREAMED = ("POST", "/artifacts")
-"""Its body is an artifact: it is passed on as it comes, and has turns and clocks of its own."""
+_LEGACY = ("POST", "/artifacts")
+_CODE = ("/api/functions/", "/code")
 _DEPRECATED = [(b"deprecation", b"@1767225600"), (b"link", b'</artifacts/presign>; rel="successor-version"')]
 """RFC 9745 and RFC 5829: since the first of January 2026."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -92,8 +92,12 @@ class Shell:
             options = scope["type"] == "http" and scope["method"] == "OPTIONS"
             await self._routed(scope, receive, _allowing(scope, answer.send) if options else answer.send)
             return
-        if (scope["method"], path) == _STREAMED:
+        # bodies that are archives: they are passed on as they come, and have turns and clocks of their own
+        if (scope["method"], path) == _LEGACY:
             await self._routed(scope, receive, _deprecated(answer.send))
+            return
+        if scope["method"] == "POST" and path.startswith(_CODE[0]) and path.endswith(_CODE[1]):
+            await self._routed(scope, receive, answer.send)
             return
         limit = bodies.MAX_PUBLIC_BYTES if path in self._public else bodies.limit_of(path)
         receive = await bodies.take(receive, limit, self._services.settings.api_body_timeout_secs)

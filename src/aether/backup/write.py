@@ -54,7 +54,7 @@ _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS
 # made anew by a start, taken from elsewhere in the backup, or of this machine's moment only
 _NOT_PRIVATE = frozenset(
     ("aether.db", "aether.db-wal", "aether.db-shm", "aether.db-journal", "objects", "releases", "instances", "logs")
-) | frozenset(("volumes", "run", "up.lock", "up.json", "uids.json", "tmp"))
+) | frozenset(("volumes", "functions", "run", "up.lock", "up.json", "uids.json", "tmp"))
 _log = structlog.stdlib.get_logger("aether.backup")
 
 

@@ -33,6 +33,8 @@ from aether.model.times import now_us
 from aether.registry.locks import ArtifactLocks
 from aether.stores.database.tables import artifacts, function_invocations, function_versions, functions, owners
 
+RESERVED = frozenset({"runtimes"})
+"""Names that are paths of the API."""
 LOCK = "functions"
 """Under which a digest is held while its code is stored or swept."""
 _Change = Callable[[Version], Version]
@@ -90,6 +92,8 @@ class Catalogue:
     async def create(self, values: Mapping[str, Any], owner: str, actor: str) -> Function:
         """Raises BadRequest with the field's name, Conflict for a name that is taken, NotFound for the owner."""
         definition = define(values)
+        if definition.name in RESERVED:
+            raise BadRequest(f"'{definition.name}' is reserved; choose another name", {"field": "name"})
         self._check_runtime(definition)
         function_id, now = new_id(), now_us()
         version = Version(1, definition, None, actor, now)

@@ -62,6 +62,7 @@ from aether.topology.databases import open_database, open_signals
 from aether.topology.edge_metrics import EdgeMetrics
 from aether.topology.exporting import exporting
 from aether.topology.folder import Claim, announce, withdraw
+from aether.topology.function_catalogue import function_chores, open_functions
 from aether.topology.isolation import runtime_options
 from aether.topology.objects import open_objects
 from aether.topology.public import (
@@ -170,6 +171,9 @@ async def running(
         volumes = AppVolumes(database, runtime.volumes)
         catalogue = Catalogue(database, broadcast, engine, source, objects, leases, runs, volumes)
         registry = Registry(database, objects, settings, metrics, vault.sealer, leases)
+        functions = await open_functions(settings, database, vault, objects, leases, sweep=claim.first)
+        stack.push_async_callback(functions.codes.close)
+        stack.push_async_callback(functions.catalogue.close)
 
         async def check_runtime() -> None:
             if not report.usable:
@@ -195,6 +199,7 @@ async def running(
                 UnpackedSweeper(engine),
                 StrandedSweeper(database, source),
                 LogSweeper(database, runtime, grace),
+                *function_chores(settings, database, functions),
                 AuditSweeper(identity.audit, settings.audit_ttl_secs),
             ],
             settings.retention_interval_secs,
@@ -212,6 +217,7 @@ async def running(
                 runs=runs,
                 volumes=volumes,
             ),
+            functions=functions,
             hosts=custom_hosts,
             certificates=certificates,
             retention=retention,
@@ -232,6 +238,7 @@ async def running(
         if claim.first:
             await runs.resume()
         await catalogue.finish_deletions()
+        await functions.catalogue.finish_deletions()
         claim.started()
         await engine.until_serving(ADOPTION_SECS)
 

@@ -11,7 +11,7 @@ from aether.model.snapshot import Snapshot
 from aether.stores.database.schema import HEAD, MIGRATIONS
 
 _BUSY_SECS = 30.0
-_COUNTED = ("applications", "artifacts", "deployments", "configs", "users", "teams", "tokens")
+_COUNTED = ("applications", "artifacts", "deployments", "configs", "functions", "users", "teams", "tokens")
 
 
 def take(source: Path, target: Path) -> Snapshot:
@@ -52,6 +52,11 @@ def _described(path: Path) -> Snapshot:
             "SELECT a.storage_key FROM artifacts a JOIN applications p ON p.id = a.app_id "
             "WHERE a.status = 'stored' AND p.deleting_at IS NULL ORDER BY 1"
         ).fetchall()
+        if "function_versions" in tables:
+            objects += database.execute(
+                "SELECT DISTINCT 'functions/' || code_digest FROM function_versions WHERE code_digest IS NOT NULL "
+                "ORDER BY 1"
+            ).fetchall()
         keys = database.execute("SELECT id FROM secret_keys").fetchall() if "secret_keys" in tables else []
         counts = {
             table: int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
