@@ -131,8 +131,7 @@ class Settings:
     sandbox: str = "auto"
     """auto, bubblewrap, or none (a plain child; refused unless the edge listens on loopback)."""
     function_runtime: str = "auto"
-    """qemu (a virtual machine each), process (a sandbox each), auto (the first of them that this machine can have), or
-    off."""
+    """qemu (a virtual machine each), process (a sandbox each), auto (the first that can be had here), or off."""
     function_kernel_root: Path = Path("/")
     """Where the guest's kernel is: the folder that holds boot/ and lib/modules/."""
     function_parallel_starts: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Final
 
@@ -78,7 +78,7 @@ class FunctionRoute(Route):
     """Where the requests of one function go. Used from one event loop only."""
 
     __slots__ = (
-        "_cold", "_draining", "_table", "_waiting", "concurrency", "function_id", "max_waiting", "name",
+        "_cold", "_draining", "_gone", "_table", "_waiting", "concurrency", "function_id", "max_waiting", "name",
         "timeout_secs", "version", "wait_secs",
     )  # fmt: skip
 
@@ -92,6 +92,7 @@ class FunctionRoute(Route):
         self._draining: dict[str, FunctionBackend] = {}
         self._cold: dict[bytes, StartKind] = {}
         """How the instances came to be that requests under way have waited for."""
+        self._gone = False
         self.obey(rules)
 
     def obey(self, rules: RouteRules) -> None:
@@ -117,6 +118,8 @@ class FunctionRoute(Route):
 
     async def room(self, request_id: bytes, deadline: float) -> EdgeBackend:
         """A backend in which the request is counted already; `deadline` is monotonic. Raises NoRoom."""
+        if self._gone:
+            raise NoRoom(404, f"there is no function '{self.name}'")
         if len(self._waiting) >= self.max_waiting:
             raise NoRoom(503, f"{len(self._waiting)} requests wait for function {self.name} already")
         loop = asyncio.get_running_loop()
@@ -185,11 +188,11 @@ class FunctionRoute(Route):
         if self._draining.pop(backend.instance_id, None) is not None:
             self._table.on_drained(self.function_id, backend.instance_id)
 
-    def fail_waiting(self, message: str, retry_after_secs: int) -> None:
+    def fail_waiting(self, message: str, retry_after_secs: int = 1, status: int = 503) -> None:
         """Nobody need wait longer: there will be no instance soon."""
         for place in list(self._waiting):
             if not place.done():
-                place.set_exception(NoRoom(503, message, retry_after_secs))
+                place.set_exception(NoRoom(status, message, retry_after_secs))
         self._waiting.clear()
 
     def load(self) -> RouteLoad:
@@ -204,9 +207,14 @@ class FunctionRoute(Route):
         return RouteLoad(len(self._waiting), in_flight, idle)
 
     def close(self) -> None:
-        """The function is gone."""
-        self.fail_waiting(f"function {self.name} was deleted", 1)
+        """The function is gone; what is under way goes on."""
+        self._gone = True
+        self.fail_waiting(f"there is no function '{self.name}'", status=404)
         self.serve(())
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._draining)
 
     def answered(self, record: RequestRecord) -> None:
         """A request is over; on the data path."""
@@ -268,6 +276,8 @@ class FunctionTable:
     def __init__(self) -> None:
         self._routes: dict[str, FunctionRoute] = {}
         self._found: dict[bytes, FunctionRoute] = {}
+        self._dropped: dict[str, FunctionRoute] = {}
+        """Those that still have requests under way."""
         self.on_wait: Callable[[str], None] = _nothing
         self.on_unreachable: Callable[[str, str], None] = _nothing
         self.on_drained: Callable[[str, str], None] = _nothing
@@ -305,16 +315,16 @@ class FunctionTable:
         if route is not None:
             self._found = {name: other for name, other in self._found.items() if other is not route}
             route.close()
+            self._dropped = {name: other for name, other in self._dropped.items() if other.has_requests}
+            if route.has_requests:
+                self._dropped[function_id] = route
 
     def functions(self) -> Collection[str]:
         return list(self._routes)
 
     def load(self, function_id: str) -> RouteLoad:
-        route = self._routes.get(function_id)
+        route = self._routes.get(function_id) or self._dropped.get(function_id)
         return RouteLoad() if route is None else route.load()
-
-    def loads(self) -> Mapping[str, RouteLoad]:
-        return {function_id: route.load() for function_id, route in self._routes.items()}
 
     def fail_waiting(self, function_id: str, message: str, retry_after_secs: int) -> None:
         route = self._routes.get(function_id)

@@ -132,6 +132,7 @@ class FunctionEngine:
             while self.board.of(function_id):
                 await changed.wait()
                 changed.clear()
+        await self.worker.ended(function_id)
         self._ended.pop(function_id, None)
         await self._kv.delete_prefix(f"{FUNCTIONS}{function_id}/")
 
@@ -139,6 +140,10 @@ class FunctionEngine:
         names = list(dict.fromkeys([*self._ended.get(function_id, ()), *self.board.of(function_id)]))
         found = [FunctionLogRecord(name, record) for name in names for record in await self._runtime.log(name, tail)]
         return sorted(found, key=lambda each: each.record.time_ns)[-tail:]
+
+    def waiting(self) -> int:
+        """Calls that wait for an instance, of all functions."""
+        return sum(self._router.load(function_id).waiting for function_id in self.versions.current)
 
     # --- inside
 

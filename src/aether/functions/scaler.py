@@ -61,6 +61,7 @@ class _Watched:
     load: Load = field(default_factory=Load)
     backoff: Backoff = field(default_factory=Backoff)
     samples: list[float] = field(default_factory=list[float])
+    version: int = 0
     failures: int = -1
     """How many failures have been heeded; -1 before the first look."""
     asked_again: dict[str, float] = field(default_factory=dict[str, float])
@@ -191,13 +192,16 @@ class Scaler:
             self._watched.pop(function_id, None)
 
     def _heed_failures(self, function_id: str, version: FunctionVersion, watched: _Watched, now: float) -> None:
+        if watched.version != version.version:
+            # what failed was something else
+            watched.version, watched.backoff = version.version, Backoff()
         failure = self._board.failures.get(function_id)
-        if failure is not None and watched.failures not in (-1, failure.count):
+        current = failure is not None and failure.last.version == version.version
+        if failure is not None and current and watched.failures not in (-1, failure.count):
             watched.backoff = watched.backoff.ran(failure.ran_secs)
             if failure.ran_secs < GOOD_RUN_SECS:
                 watched.backoff = watched.backoff.failed(now)
-            if failure.last.version == version.version:
-                self._warm.discard(function_id)
+            self._warm.discard(function_id)
         watched.failures = 0 if failure is None else failure.count
         for entry in self._board.of(function_id).values():
             record = entry.record

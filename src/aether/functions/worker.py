@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +95,8 @@ class Worker:
         self._source = source
         self._turns = asyncio.Semaphore(options.parallel_starts)
         self._keeping: dict[str, Keeping] = {}
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        """Functions by the tasks that keep an instance."""
         self.on_cleared: Callable[[str], None] = lambda _instance: None
         """A suspect takes connections after all."""
 
@@ -102,16 +104,15 @@ class Worker:
         """Until the lease is lost or it is cancelled; ends its instances then."""
         await self.board.opened()
         await self.kv.put(WORKERS + self.options.name, b"{}", lease=lease.id)
-        keeping: set[asyncio.Task[None]] = set()
         gateways = asyncio.create_task(self.gateways.run(), name="gateways")
-        taking = asyncio.create_task(self._take(lease, keeping), name="provision")
+        taking = asyncio.create_task(self._take(lease), name="provision")
         lost = asyncio.create_task(lease.lost.wait(), name="worker lease")
         try:
             done, _ = await asyncio.wait((gateways, taking, lost), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            own: list[asyncio.Task[Any]] = [gateways, taking, lost, *keeping]
+            own: list[asyncio.Task[Any]] = [gateways, taking, lost, *self._tasks]
             for task in own:
                 task.cancel()
             await asyncio.gather(*own, return_exceptions=True)
@@ -122,28 +123,30 @@ class Worker:
         if keeping is not None:
             keeping.suspect()
 
-    def kept(self) -> Sequence[str]:
-        """Ids of the instances it has now."""
-        return list(self._keeping)
+    async def ended(self, function_id: str) -> None:
+        """Return when nothing is left of the instances that it has of a function now."""
+        tasks = [task for task, of in self._tasks.items() if of == function_id]
+        if tasks:
+            await asyncio.wait(tasks)
 
-    async def _take(self, lease: KeptLease, keeping: set[asyncio.Task[None]]) -> None:
+    async def _take(self, lease: KeptLease) -> None:
         while True:
             try:
                 jobs = await self._queue.take(PROVISION, self.options.name, limit=10, wait_secs=_TAKE_SECS)
                 jobs = jobs or await self._queue.claim_stale(PROVISION, self.options.name, limit=10)
                 for job in jobs:
-                    await self._do(job, lease, keeping)
+                    await self._do(job, lease)
             except (AetherError, TimeoutError) as error:
                 _log.warning("jobs could not be taken", error=str(error))
                 await asyncio.sleep(_AGAIN_SECS)
 
-    async def _do(self, job: Delivery, lease: KeptLease, keeping: set[asyncio.Task[None]]) -> None:
+    async def _do(self, job: Delivery, lease: KeptLease) -> None:
         """Claim the instances of a job; the job is done when their records say who has them."""
         function_id, names = decode_job(job.message.body)
         for name in names:
             entry = await self._claim(function_id, name, lease)
             if entry is not None:
-                self._keep(entry, keeping)
+                self._keep(entry)
         try:
             await self._queue.acknowledge(job)
         except (DeliveryLost, ServiceUnavailable) as error:
@@ -173,13 +176,13 @@ class Worker:
             return None
         return Entry(mine, replace(kv, value=mine.encode(), mod_revision=done.revision, lease=lease.id))
 
-    def _keep(self, entry: Entry, tasks: set[asyncio.Task[None]]) -> None:
+    def _keep(self, entry: Entry) -> None:
         keeping = self._keeping[entry.record.id] = Keeping(self, entry)
         task = asyncio.create_task(keeping.run(), name=f"instance {entry.record.id}")
-        tasks.add(task)
+        self._tasks[task] = entry.record.function_id
 
         def done(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
+            del self._tasks[task]
             self._keeping.pop(entry.record.id, None)
             if not task.cancelled() and (error := task.exception()) is not None:
                 _log.error("an instance was left", instance=entry.record.id, exc_info=error)

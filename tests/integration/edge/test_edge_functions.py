@@ -311,9 +311,23 @@ async def test_a_function_that_is_dropped_is_unknown(tmp_path: Path) -> None:
         asked = asyncio.create_task(it.get())
         await until(lambda: it.table.load("id-1").waiting == 1)
         it.table.drop("id-1")
-        assert (await asked)[0] == 503
+        assert (await asked)[0] == 404
         assert (await it.get())[0] == 404
         assert (await it.get("/functions/id-1/"))[0] == 404
+
+
+async def test_requests_under_way_at_a_dropped_function_go_on_and_are_known(tmp_path: Path) -> None:
+    busy = Busy()
+    async with functions(tmp_path) as it, Upstream(busy) as upstream:
+        it.serve(PortInstance(upstream.port))
+        asked = asyncio.create_task(it.get())
+        await until(lambda: busy.now == 1)
+        it.table.drop("id-1")
+        assert it.table.load("id-1").in_flight == {"i1": 1}
+        busy.go.set()
+        assert (await asked)[0] == 200
+        await until(lambda: it.drained == ["i1"])
+        assert it.table.load("id-1").in_flight == {}
 
 
 async def test_a_thousand_first_requests_make_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Functions in one server process: which runtime this machine can have, and everything that runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from aether.edge.functions import FunctionTable
+from aether.functions.engine import FunctionEngine, FunctionOptions
+from aether.functions.gateway import Waiting
+from aether.functions.instance_state import Limits
+from aether.functions.ports import FunctionRuntime
+from aether.functions.scaling import Rules
+from aether.functions.services import FunctionServices
+from aether.functions.worker import WorkerOptions
+from aether.model.errors import ConfigError, ServiceUnavailable
+from aether.observability.logging import logger
+from aether.runtimes.microvm.guest.kernel import find_kernel
+from aether.runtimes.microvm.qemu import PROGRAM, QemuOptions, QemuRuntime
+from aether.runtimes.process.functions import ProcessFunctions
+from aether.settings import Settings
+from aether.stores.kv.sqlite import SqliteKV
+from aether.stores.queue.sqlite import SqliteQueue
+
+_TOOLS = ((PROGRAM, "qemu-system-x86"), ("mksquashfs", "squashfs-tools"), ("lz4", "lz4"), ("cc", "gcc"))
+_log = logger(__name__)
+
+
+def lacks_for_machines(settings: Settings) -> str:
+    """What this machine needs to run functions in virtual machines; empty when nothing is missing."""
+    missing = [package for program, package in _TOOLS if shutil.which(program) is None]
+    try:
+        find_kernel(settings.function_kernel_root)
+    except ServiceUnavailable:
+        missing.append("linux-image-cloud-amd64")
+    if os.geteuid() != 0:
+        missing.append("root")
+    elif not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        missing.append("/dev/net/tun")
+    return ", ".join(missing)
+
+
+def open_runtime(settings: Settings, data: Path) -> tuple[FunctionRuntime, str]:
+    """The runtime, and what it is in words. Raises ConfigError when the one that was asked for cannot be had."""
+    lacks = lacks_for_machines(settings)
+    if settings.function_runtime == "qemu" and lacks:
+        raise ConfigError(f"AETHER_FUNCTION_RUNTIME=qemu: this machine lacks {lacks}")
+    if settings.function_runtime == "process" or (settings.function_runtime == "auto" and lacks):
+        if settings.function_runtime == "auto":
+            _log.info("functions run in sandboxes, not in virtual machines", lacking=lacks)
+        return ProcessFunctions(data / "process"), "functions in a sandbox each"
+    machines = QemuRuntime(data / "qemu", QemuOptions(kernel_root=settings.function_kernel_root))
+    return machines, "functions in a virtual machine each"
+
+
+@asynccontextmanager
+async def functions(
+    settings: Settings, services: FunctionServices, router: FunctionTable
+) -> AsyncGenerator[tuple[FunctionEngine, str]]:
+    """Run functions inside the context, for a server that has the data folder to itself.
+
+    Raises ConfigError and ServiceUnavailable. Records of instances and jobs are of no use to anybody after the server
+    has ended, so they are in no backup."""
+    data = settings.data_dir / "functions"
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        kv, queue = SqliteKV(data / "kv.db"), SqliteQueue(data / "queue.db")
+        await kv.open()
+        stack.push_async_callback(kv.close)
+        await queue.open()
+        stack.push_async_callback(queue.close)
+        runtime, words = open_runtime(settings, data)
+        stack.push_async_callback(runtime.close)
+        engine = FunctionEngine(
+            kv, queue, services.catalogue, services.invocations, runtime, router, _options(settings)
+        )  # fmt: skip
+        services.run_by(engine)
+        await stack.enter_async_context(engine.running())
+        yield engine, words
+
+
+def _options(settings: Settings) -> FunctionOptions:
+    return FunctionOptions(
+        waiting=Waiting(settings.function_wait_secs, settings.function_max_waiting),
+        rules=Rules(
+            target=settings.function_target,
+            idle_secs=settings.function_idle_secs,
+            last_idle_secs=settings.function_last_idle_secs,
+        ),
+        worker=WorkerOptions(
+            "local",
+            parallel_starts=settings.function_parallel_starts or os.cpu_count() or 1,
+            limits=Limits(
+                start_secs=settings.function_start_secs,
+                drain_secs=settings.drain_timeout_secs,
+                stop_secs=settings.stop_grace_secs,
+            ),
+        ),
+    )
