@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -44,6 +45,26 @@ async def test_instances_end_by_themselves_with_the_process_that_started_them(tm
         # all that is left is the folder, which says how it ended
         assert box.left() == [str(data / "instances" / name)]
         assert list(await box.runtime.sweep()) == [name]
+
+
+async def test_what_forks_keepers_is_replaced_when_killed_and_ends_with_the_runtime(tmp_path: Path) -> None:
+    work, data = code(tmp_path / "in", {"index.js": SERVER}), tmp_path / "data"
+
+    def nurseries() -> list[int]:
+        return [pid for pid in processes_mentioning(str(data)) if os.readlink(f"/proc/{pid}/cwd") == str(data)]
+
+    async with bench("process", data) as box:
+        await box.runtime.start(box.spec(work, "a"))
+        (nursery,) = nurseries()
+        os.kill(nursery, signal.SIGKILL)
+        # what it has forked does not need it, and several starts at once get one other
+        await asyncio.gather(*(box.runtime.start(box.spec(work, name)) for name in ("b", "c", "d")))
+        assert box.running() == [box.id(name) for name in ("a", "b", "c", "d")]
+        (other,) = nurseries()
+        assert other != nursery
+        for name in ("a", "b", "c", "d"):
+            (await box.runtime.connect(box.id(name))).close()
+    assert processes_mentioning(str(data)) == []
 
 
 async def test_memory_and_processors_are_limited_as_asked(tmp_path: Path) -> None:

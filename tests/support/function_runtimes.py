@@ -104,7 +104,7 @@ class Process:
 
     def left(self, data: Path) -> list[str]:
         """Processes by their command lines, places and mounts: namespaces live as long as one of those."""
-        found = [f"process {pid}" for pid in processes_mentioning(str(data))]
+        found = [f"process {pid}" for pid in processes_mentioning(str(data)) if not _is_nursery(pid, data)]
         shown = f"{data.parent.name}/{data.name}/code/"
         for name in os.listdir("/proc"):
             try:
@@ -123,6 +123,14 @@ class Process:
     def private(self, data: Path) -> None:
         # sandboxes read the code as users of their own, so its files are readable; nobody else gets that far
         assert data.stat().st_mode & 0o077 == 0
+
+
+def _is_nursery(pid: int, data: Path) -> bool:
+    """Whether it is what forks keepers, which is the runtime's and no instance's."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == str(data)
+    except OSError:
+        return False
 
 
 KINDS: dict[str, Kind] = {"qemu": Qemu(), "process": Process()}

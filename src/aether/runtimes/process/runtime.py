@@ -27,6 +27,7 @@ from aether.runtimes.process.cgroups import Cgroups, Group, detect
 from aether.runtimes.process.egress import Egress
 from aether.runtimes.process.instance import ProcessInstance
 from aether.runtimes.process.logs import LogReader, kept_logs
+from aether.runtimes.process.nursery import Nursery
 from aether.runtimes.process.place import Place
 from aether.runtimes.process.report import SandboxReport
 from aether.runtimes.process.shim.plan import BUBBLEWRAP, NONE, Plan
@@ -48,7 +49,8 @@ _OPEN = Egress()
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept.
-    `lifeline`: the reading end of a pipe; instances are ended when its other end is closed, so when nobody has it."""
+    `lifeline`: the reading end of a pipe; instances are ended when its other end is closed, so when nobody has it;
+    their keepers are then forked by a nursery."""
 
     sandbox: str = "auto"
     log_bytes: int = 10 * 1024 * 1024
@@ -75,6 +77,8 @@ class ProcessRuntime:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._uid_lock = threading.Lock()
         self._starts: set[asyncio.Task[ProcessInstance]] = set()
+        lifeline = self._options.lifeline
+        self._nursery = Nursery(self._data, lifeline) if lifeline >= 0 else None
 
     # --- Runtime ----------------------------------------------------------------------------------------------
 
@@ -204,6 +208,14 @@ class ProcessRuntime:
                 self._report = found
             return found
 
+    async def warm(self) -> None:
+        """Make what the next start would have to wait for. Raises ServiceUnavailable."""
+        if self._nursery is not None:
+            try:
+                await self._nursery.ready()
+            except OSError as error:
+                raise ServiceUnavailable(f"instances cannot be started: {error}") from error
+
     async def describe(self) -> list[str]:
         """The probe's result for people, with toolchains shown from outside the system folders."""
         found = (await self.probe()).lines()
@@ -216,6 +228,8 @@ class ProcessRuntime:
         for held in self._held.values():
             held.detach()
         self._held.clear()
+        if self._nursery is not None:
+            await self._nursery.close()
 
     # --- starting ---------------------------------------------------------------------------------------------
 
@@ -268,7 +282,7 @@ class ProcessRuntime:
                 expires_ms=int(spec.timeout_secs * 1000),
                 owner=self._uid(spec.app) if kind != NONE and os.geteuid() == 0 else -1,
             )
-            reason = await _run_keeper(plan, folder, lock, spec.instance_id, self._options.lifeline)
+            reason = await _run_keeper(plan, folder, lock, spec.instance_id, self._nursery)
         finally:
             os.close(lock)
         if reason is not None:
@@ -464,32 +478,45 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-async def _run_keeper(plan: Plan, folder: Path, lock: int, instance_id: str, lifeline: int) -> str | None:
+async def _run_keeper(plan: Plan, folder: Path, lock: int, instance_id: str, nursery: Nursery | None) -> str | None:
     """Start a keeper and wait until it vouches for the instance; returns why it does not, or None."""
     errors = os.open(folder / _ERRORS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-I", "-S", "-E", "-c", _BOOT),
-            *(os.fspath(Path(__file__).parent), str(lock), instance_id, str(lifeline)),
-            cwd=folder,
-            env={},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            pass_fds=(lock,) if lifeline < 0 else (lock, lifeline),
-            start_new_session=True,
-        )
+        if nursery is not None:
+            answer = await nursery.keeper(plan.encode(), folder, lock, errors, _START_SECS)
+        else:
+            answer = await _start_keeper(plan, folder, lock, instance_id, errors)
+    except TimeoutError:
+        return f"its keeper did not answer within {_START_SECS:.0f} seconds"
+    except OSError as error:
+        return f"its keeper could not be started: {error}"
     finally:
         os.close(errors)
+    if answer == b"ok\n":
+        return None
+    said = (folder / _ERRORS).read_text(errors="replace").strip()
+    return said.rsplit("\n", 1)[-1] or "its keeper ended without a word"
+
+
+async def _start_keeper(plan: Plan, folder: Path, lock: int, instance_id: str, errors: int) -> bytes:
+    """What a keeper says that is a new process. Raises TimeoutError after it ended one that says nothing."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-E", "-c", _BOOT),
+        *(os.fspath(Path(__file__).parent), str(lock), instance_id),
+        cwd=folder,
+        env={},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=errors,
+        pass_fds=(lock,),
+        start_new_session=True,
+    )
     try:
         async with asyncio.timeout(_START_SECS):
             answer, _ = await process.communicate(plan.encode())
     except TimeoutError:
         process.kill()
         await process.wait()
-        return f"its keeper did not answer within {_START_SECS:.0f} seconds"
-    if answer == b"ok\n":
-        return None
-    said = (folder / _ERRORS).read_text(errors="replace").strip()
-    return said.rsplit("\n", 1)[-1] or "its keeper ended without a word"
+        raise
+    return answer

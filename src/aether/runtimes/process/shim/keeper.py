@@ -49,15 +49,19 @@ _HANG_UP = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
 def main() -> None:
     """Read the plan from stdin, detach, start the instance, say `ok` on stdout, keep it until it has ended."""
     # The server took the lock, so that at no moment neither it nor the keeper vouches for the instance.
-    lock, lifeline = int(sys.argv[1]), int(sys.argv[3])
+    lock = int(sys.argv[1])
+    os.set_inheritable(lock, False)
     # uvloop leaves its ends of the standard streams open in a child; held, they would never tell the server "the end"
-    first = 3
-    for kept in sorted({lock, lifeline} - {-1}):
-        os.set_inheritable(kept, False)
-        os.closerange(first, kept)
-        first = kept + 1
-    os.closerange(first, 1 << 16)
+    os.closerange(3, lock)
+    os.closerange(lock + 1, 1 << 16)
     plan = Plan.decode(sys.stdin.buffer.read())
+    keep(plan, -1, detach=True)
+
+
+def keep(plan: Plan, lifeline: int, *, detach: bool = False) -> None:
+    """Keep an instance in the folder where this process stands, answering on its stdout; does not return.
+
+    `detach` leaves the calling process behind once the keeper can be talked to."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.path.lexists(SOCKET):
         os.unlink(SOCKET)
@@ -65,9 +69,10 @@ def main() -> None:
     listener.bind(SOCKET)
     listener.listen(64)
     listener.setblocking(False)
-    if os.fork():
-        os._exit(0)
-    os.setsid()
+    if detach:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
     Keeper(plan, listener, lifeline).run()
 
 
