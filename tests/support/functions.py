@@ -6,6 +6,7 @@ Only the catalogue is a dictionary, so that a test changes a function with one a
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,7 +36,7 @@ from support.microvm import code
 
 FUNCTION_ID = "5f0c0d5e-0000-4000-8000-000000000001"
 SERVER = """
-import http.server, os, socket, sys, threading, time
+import http.server, os, signal, socket, time
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -47,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name == "die":
             os._exit(7)
         if name == "deaf":
+            server.socket.shutdown(socket.SHUT_RDWR)  # at once, though another thread waits for it
             server.socket.close()
         if name == "late":
             time.sleep(3)
@@ -68,7 +70,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 server = Server(("0.0.0.0", int(os.environ["PORT"])), Handler)
 print("up", flush=True)
-server.serve_forever()
+try:
+    server.serve_forever()
+except (OSError, ValueError):
+    signal.pause()  # it has closed its socket
 """
 SHORT = Rules(idle_secs=1.0, last_idle_secs=1.5, stable_secs=3.0, panic_secs=1.0)
 """So that a test can wait for what takes minutes otherwise."""
@@ -198,10 +203,8 @@ async def running_functions(
         port = await edge.start()
         stack.push_async_callback(edge.close, 2.0)
         shelf, records = Shelf(), Records()
-        limits = Limits(start_secs=start_secs, drain_secs=10.0, acknowledge_secs=5.0, stop_secs=5.0)
-        options = FunctionOptions(
-            waiting=waiting, rules=rules, worker=WorkerOptions("local", parallel_starts=4, limits=limits)
-        )
+        limits = Limits(start_secs=math.inf, drain_secs=10.0, acknowledge_secs=5.0, stop_secs=5.0)
+        options = FunctionOptions(waiting=waiting, rules=rules, worker=WorkerOptions("local", 4, start_secs, limits))
         engine = FunctionEngine(kv, queue, shelf, records, runtime, table, options)
         client = await stack.enter_async_context(
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=100))

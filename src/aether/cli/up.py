@@ -88,7 +88,7 @@ def start(arguments: Arguments, context: Context, *, among_others: bool) -> int:
     configure_logging(context.log.level, context.log.format)
 
     def on_ready(ready: Ready) -> None:
-        write(f"Aether listens at {ready.url} (data in {ready.data_dir}; {ready.sandbox})")
+        write(f"Aether listens at {ready.url} (data in {ready.data_dir}; {ready.sandbox}; {ready.functions})")
         if ready.ca_file is not None:
             write(f"Its certificates are made by its own authority: let browsers and curl trust {ready.ca_file}")
         flag = f" --data-dir {ready.data_dir}" if arguments.data_dir else ""

@@ -62,7 +62,6 @@ class FunctionEngine:
         self.worker = Worker(worker, kv, queue, self.board, self.versions, source, runtime)
         self.scaler = Scaler(kv, queue, self.board, self.versions, router, options.rules)
         self.gateway = Gateway(options.name, kv, self.board, self.versions, router, self._reach(), options.waiting)
-        self.versions.on_change = self._versions_changed
         self.gateway.on_suspect = lambda _function, instance: self.worker.suspect(instance)
         self.worker.on_cleared = self.gateway.cleared
         router.on_invocation = self.ledger.add
@@ -80,6 +79,7 @@ class FunctionEngine:
                 ("function versions", self.versions.run()),
                 ("function gateway", self._gateway()),
                 ("function worker", self._work()),
+                ("function preparations", self.worker.prepare()),
                 ("function invocations", self.ledger.run()),
                 ("function logs", self._remember()),
             )
@@ -146,10 +146,6 @@ class FunctionEngine:
         return sum(self._router.load(function_id).waiting for function_id in self.versions.current)
 
     # --- inside
-
-    def _versions_changed(self) -> None:
-        self.gateway.changed()
-        self.scaler.changed()
 
     def _reach(self) -> Reach:
         def reach(entry: Entry):

@@ -57,10 +57,6 @@ class Gateway:
         router.on_unreachable = self._suspect
         router.on_drained = lambda _function, _instance: self._look.set()
 
-    def changed(self) -> None:
-        """The versions have changed."""
-        self._look.set()
-
     def cleared(self, instance_id: str) -> None:
         """Somebody has looked at a suspect: it takes connections."""
         if self._suspects.pop(instance_id, None) is not None:
@@ -69,11 +65,11 @@ class Gateway:
     async def run(self, lease: KeptLease) -> None:
         """Until cancelled. The lease is that of this gateway's key."""
         told: Acknowledged | None = None
-        with self._board.subscribe() as changed:
+        with self._board.subscribe() as changed, self._versions.subscribe() as newer:
             await self._board.opened()
             while True:
-                changed.clear()
-                self._look.clear()
+                for event in (changed, newer, self._look):
+                    event.clear()
                 self._route()
                 self.routed.set()
                 wanted = Acknowledged(self._board.withdrawn_at, self._busy())
@@ -85,7 +81,7 @@ class Gateway:
                         _log.warning("a gateway could not tell what it has seen", error=error.message)
                         await asyncio.sleep(_AGAIN_SECS)
                         continue
-                await _either(changed, self._look)
+                await _either(changed, newer, self._look)
 
     def _suspect(self, function_id: str, instance_id: str) -> None:
         self._suspects[instance_id] = function_id

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -108,9 +108,12 @@ class Scaler:
         await self._board.opened()
         self.changed()
         ticked = sampled = self._now()
-        with self._board.subscribe() as changed:
+        with self._board.subscribe() as changed, self._versions.subscribe() as newer:
             while True:
-                await self._pause(changed, ticked, sampled)
+                await self._pause((self._called, changed, newer), ticked, sampled)
+                if newer.is_set():
+                    newer.clear()
+                    self._callers.update(self._versions.current)
                 now = self._now()
                 if now - sampled >= SAMPLE_SECS:
                     sampled = now
@@ -129,11 +132,11 @@ class Scaler:
         self._callers.add(function_id)
         self._called.set()
 
-    async def _pause(self, changed: asyncio.Event, ticked: float, sampled: float) -> None:
+    async def _pause(self, events: Sequence[asyncio.Event], ticked: float, sampled: float) -> None:
         """Until somebody calls, the board has changed, or it is time to measure or to look."""
         busy = any(self._watched)
         until = sampled + SAMPLE_SECS if busy else ticked + scaling.TICK_SECS
-        tasks = [asyncio.create_task(event.wait()) for event in (self._called, changed)]
+        tasks = [asyncio.create_task(event.wait()) for event in events]
         try:
             await asyncio.wait(tasks, timeout=max(0.0, until - self._now()), return_when=asyncio.FIRST_COMPLETED)
         finally:

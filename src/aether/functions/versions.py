@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import structlog
 
@@ -15,13 +16,13 @@ _log = structlog.stdlib.get_logger("aether.functions")
 
 
 class Versions:
-    """`on_change` is called after every look that found something else."""
+    """The events of `subscribe` are set by every look that found something else."""
 
     def __init__(self, source: FunctionSource) -> None:
         self._source = source
         self._told = asyncio.Event()
         self.current: Mapping[str, FunctionVersion] = {}
-        self.on_change: Callable[[], None] = lambda: None
+        self._listening: set[asyncio.Event] = set()
 
     def changed(self) -> None:
         """Look now."""
@@ -33,7 +34,18 @@ class Versions:
         found = {version.function_id: version for version in await self._source.current()}
         if found != self.current:
             self.current = found
-            self.on_change()
+            for event in self._listening:
+                event.set()
+
+    @contextmanager
+    def subscribe(self) -> Generator[asyncio.Event]:
+        """An event that every change sets; its reader clears it before it looks."""
+        event = asyncio.Event()
+        self._listening.add(event)
+        try:
+            yield event
+        finally:
+            self._listening.discard(event)
 
     async def run(self) -> None:
         """Look for ever."""

@@ -8,6 +8,7 @@ process it is, is the runtime's business.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ from aether.model.queue import Delivery, Queue
 _TAKE_SECS = 2.0
 """How long a take waits before stale deliveries of others are looked for."""
 _AGAIN_SECS = 0.5
+_START_GRACE_SECS = 15.0
+"""For a runtime to make what a start needs, and to give up a start by itself when its time is over."""
 _log = structlog.stdlib.get_logger("aether.functions")
 
 
@@ -49,7 +52,10 @@ class WorkerOptions:
 
     name: str
     parallel_starts: int = 4
-    limits: Limits = field(default_factory=Limits)
+    ready_secs: float = 60.0
+    """From an instance's turn to start until it must listen."""
+    limits: Limits = field(default_factory=lambda: Limits(start_secs=math.inf))
+    """Of what comes after; a start is not timed while it waits for its turn."""
 
 
 class Gateways:
@@ -189,6 +195,24 @@ class Worker:
 
         task.add_done_callback(done)
 
+    async def prepare(self) -> None:
+        """For ever: make what starts of the newest versions would have to wait for, as soon as they are known."""
+        ready: set[tuple[str, str]] = set()
+        with self._versions.subscribe() as changed:
+            while True:
+                changed.clear()
+                for version in list(self._versions.current.values()):
+                    what = version.definition.runtime, version.code_digest
+                    if what not in ready:
+                        ready.add(what)
+                        try:
+                            await self.runtime.prepare(what[0], await self._source.fetch(version))
+                        except AetherError as error:
+                            # who calls it is told the same
+                            _log.warning("a function cannot be prepared", function=version.definition.name,
+                                         error=error.message)  # fmt: skip
+                await changed.wait()
+
     async def start(self, record: InstanceRecord) -> float:
         """Start an instance in its turn and return when it is ready; gives the milliseconds that took.
 
@@ -208,9 +232,14 @@ class Worker:
             port=definition.port,
             vcpus=definition.vcpu,
             memory_mb=definition.memory_mb,
-            ready_secs=self.options.limits.start_secs,
+            ready_secs=self.options.ready_secs,
         )
+        await self.runtime.prepare(definition.runtime, code)
         async with self._turns:
             began = time.monotonic()
-            await self.runtime.start(spec)
+            try:
+                async with asyncio.timeout(spec.ready_secs + _START_GRACE_SECS):
+                    await self.runtime.start(spec)
+            except TimeoutError:
+                raise ServiceUnavailable(f"it was not ready within {spec.ready_secs:g} s") from None
         return (time.monotonic() - began) * 1000

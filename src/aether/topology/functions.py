@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import AsyncGenerator
@@ -57,7 +58,7 @@ def open_runtime(settings: Settings, data: Path) -> tuple[FunctionRuntime, str]:
 
 
 @asynccontextmanager
-async def functions(
+async def running_functions(
     settings: Settings, services: FunctionServices, router: FunctionTable
 ) -> AsyncGenerator[tuple[FunctionEngine, str]]:
     """Run functions inside the context, for a server that has the data folder to itself.
@@ -93,8 +94,9 @@ def _options(settings: Settings) -> FunctionOptions:
         worker=WorkerOptions(
             "local",
             parallel_starts=settings.function_parallel_starts or os.cpu_count() or 1,
+            ready_secs=settings.function_start_secs,
             limits=Limits(
-                start_secs=settings.function_start_secs,
+                start_secs=math.inf,
                 drain_secs=settings.drain_timeout_secs,
                 stop_secs=settings.stop_grace_secs,
             ),

@@ -34,6 +34,7 @@ from aether.apps.services import AppServices
 from aether.apps.volumes import AppVolumes
 from aether.backup.write import sweep
 from aether.edge.access_log import AccessLog
+from aether.edge.functions import FunctionTable
 from aether.edge.options import EdgeOptions
 from aether.edge.server import Edge
 from aether.edge.table import RouteTable
@@ -63,6 +64,8 @@ from aether.topology.edge_metrics import EdgeMetrics
 from aether.topology.exporting import exporting
 from aether.topology.folder import Claim, announce, withdraw
 from aether.topology.function_catalogue import function_chores, open_functions
+from aether.topology.function_metrics import FunctionMetrics
+from aether.topology.functions import running_functions
 from aether.topology.isolation import runtime_options
 from aether.topology.objects import open_objects
 from aether.topology.public import (
@@ -96,6 +99,8 @@ class Ready:
     data_dir: Path
     sandbox: str
     """What isolates apps here, in words."""
+    functions: str = "no functions"
+    """What functions run in, in words."""
     ca_file: Path | None = None
     """What clients must trust, when the server's certificates are its own authority's."""
 
@@ -256,6 +261,13 @@ async def running(
 
             spans = EdgeSpans(otlp)
             edge.traces, edge.on_record = spans, spans.beside(edge_metrics.record)
+        function_words = "no functions"
+        if claim.alone and settings.function_runtime != "off":
+            edge.functions = FunctionTable()
+            function_engine, function_words = await stack.enter_async_context(
+                running_functions(settings, functions, edge.functions)
+            )
+            metrics.registry.register(FunctionMetrics(function_engine))
         edge_metrics.counters = edge.counters
         metrics.registry.register(edge_metrics)
         if settings.access_log != "off":
@@ -311,7 +323,7 @@ async def running(
         stack.push_async_callback(chores.close)
         await _or_stop(engine.until_serving(RESTART_SECS), stop)
         services.started.set()
-        yield Ready(url, token_file, first_start, data, report.lines()[0], tls and tls.ca_file)
+        yield Ready(url, token_file, first_start, data, report.lines()[0], function_words, tls and tls.ca_file)
 
 
 async def _listen(
