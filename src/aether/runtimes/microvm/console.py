@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import cast
 
 from aether.model.instance import LogRecord
 from aether.runtimes.process.logs import LogReader
@@ -32,8 +33,8 @@ class Console(asyncio.Protocol):
         self.done = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.ReadTransport)
-        self._transport = transport
+        # uvloop's transports are of no class of asyncio
+        self._transport = cast("asyncio.ReadTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         self._record(self._splitter.feed(data))
