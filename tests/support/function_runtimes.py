@@ -15,14 +15,17 @@ from typing import Any, Protocol
 import pytest
 
 from aether.functions.ports import FunctionRuntime
+from aether.model.errors import ServiceUnavailable
 from aether.model.function_instance import Code, FunctionSpec
 from aether.runtimes.code import CodeStore
+from aether.runtimes.firecracker.jail import LABEL_FLAG
+from aether.runtimes.firecracker.runtime import FirecrackerRuntime
 from aether.runtimes.microvm import leftovers
 from aether.runtimes.microvm.images import ImageStore
 from aether.runtimes.microvm.qemu import QemuRuntime
 from aether.runtimes.process.functions import ProcessFunctions
 from aether.runtimes.process.trees import TreeStore
-from support import microvm
+from support import firecracker, microvm
 from support.runtimes import processes_mentioning
 
 
@@ -84,6 +87,33 @@ class Qemu:
             assert item.stat().st_mode & 0o077 == 0, item
 
 
+class Firecracker(Qemu):
+    async def need(self, data: Path) -> None:
+        firecracker.need_firecracker()
+        runtime = FirecrackerRuntime(data, firecracker.options())
+        try:
+            await runtime.check_machines()
+        except ServiceUnavailable:
+            pytest.skip("component: a processor that Firecracker's guests boot on")
+        finally:
+            await runtime.close()
+
+    def make(self, data: Path) -> FunctionRuntime:
+        return FirecrackerRuntime(data, firecracker.options())
+
+    def running(self, data: Path) -> list[str]:
+        found = leftovers.running(leftovers.scope(data), LABEL_FLAG)
+        folders = {folder.name.rpartition("-")[2]: folder for folder in (data / "jails").glob("*/*")}
+        return sorted((folders[key] / "instance").read_text() for key in found)
+
+    def left(self, data: Path) -> list[str]:
+        return firecracker.left(data)
+
+    def private(self, data: Path) -> None:
+        for item in [*data.rglob("*"), data]:
+            assert "root" in item.relative_to(data).parts or item.stat().st_mode & 0o077 == 0, item
+
+
 class Process:
     machine = False
     store: type[CodeStore[Any]] = TreeStore
@@ -133,7 +163,7 @@ def _is_nursery(pid: int, data: Path) -> bool:
         return False
 
 
-KINDS: dict[str, Kind] = {"qemu": Qemu(), "process": Process()}
+KINDS: dict[str, Kind] = {"qemu": Qemu(), "firecracker": Firecracker(), "process": Process()}
 
 
 def token(data: Path) -> str:

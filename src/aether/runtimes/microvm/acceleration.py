@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -28,13 +29,22 @@ async def choose(wanted: str, program: str, kernel: Path, initramfs: Path, folde
         return TCG
     works = os.access("/dev/kvm", os.R_OK | os.W_OK)
     if works:
-        key = _key(program, kernel, initramfs)
-        known = await asyncio.to_thread(_read, folder / _FILE)
-        works = known[key] if key in known else await probe(program, kernel, initramfs)
-        await asyncio.to_thread(_write, folder / _FILE, {key: works})
+        works = await remembered(
+            folder / _FILE, (program, kernel, initramfs), lambda: probe(program, kernel, initramfs)
+        )
     if not works and wanted == KVM:
         raise ServiceUnavailable("machines do not run by KVM here: a guest that was booted to find out did not start")
     return KVM if works else TCG
+
+
+async def remembered(file: Path, made_of: tuple[str, Path, Path], ask: Callable[[], Awaitable[bool]]) -> bool:
+    """The answer that `file` holds for a monitor, kernel and first archive since the machine was started, or a new
+    one, which is kept in it."""
+    key = await asyncio.to_thread(_key, *made_of)
+    known = await asyncio.to_thread(_read, file)
+    works = known[key] if key in known else await ask()
+    await asyncio.to_thread(_write, file, {key: works})
+    return works
 
 
 async def probe(

@@ -24,8 +24,8 @@ def label(of: str, instance_id: str) -> str:
     return f"{of}-{instance_id}"
 
 
-def running(of: str) -> dict[str, list[tuple[int, int]]]:
-    """The processes of machines of the scope `of`: (pid, start time) by instance id."""
+def running(of: str, label_flag: bytes = b"-name") -> dict[str, list[tuple[int, int]]]:
+    """The processes of machines of the scope `of`: (pid, start time) by what follows the scope in their label."""
     prefix = os.fsencode(f"{of}-")
     found: dict[str, list[tuple[int, int]]] = {}
     for name in os.listdir("/proc"):
@@ -37,7 +37,7 @@ def running(of: str) -> dict[str, list[tuple[int, int]]]:
             continue
         start = started(int(name))
         for flag, word in pairwise(words):
-            if flag == b"-name" and word.startswith(prefix) and start:
+            if flag == label_flag and word.startswith(prefix) and start:
                 found.setdefault(os.fsdecode(word[len(prefix) :]), []).append((int(name), start))
     return found
 
@@ -47,11 +47,12 @@ def end(of: str, spare: Collection[str]) -> list[str]:
     found = {name: processes for name, processes in running(of).items() if name not in spare}
     for processes in found.values():
         for pid, start in processes:
-            _kill(pid, start)
+            kill(pid, start)
     return sorted(found)
 
 
-def _kill(pid: int, start: int) -> None:
+def kill(pid: int, start: int) -> None:
+    """End the process that is `pid` and began at `start`, if it still is there; returns when it is gone. Blocks."""
     try:
         handle = os.pidfd_open(pid)
     except OSError:

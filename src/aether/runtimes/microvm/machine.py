@@ -23,7 +23,7 @@ from aether.runtimes.microvm import line, metadata
 from aether.runtimes.microvm.console import Console, open_log
 from aether.runtimes.microvm.line import Line
 from aether.runtimes.microvm.metadata import Metadata
-from aether.runtimes.microvm.network import GUEST_ADDRESS, Network, inside, make_network
+from aether.runtimes.microvm.network import Network, inside, make_network
 
 _END_SECS = 5.0
 """For a guest to end after its function has, and for a killed monitor to be gone."""
@@ -75,15 +75,9 @@ class Machine:
 
     async def connect(self) -> socket.socket:
         """A connected socket to the function. Raises OSError."""
-        if self._network is None or self._network.namespace < 0:
+        if self._network is None:
             raise ConnectionRefusedError(f"instance {self.spec.instance_id} is not running")
-        made = inside(self._network.namespace, _new_socket)
-        try:
-            await asyncio.get_running_loop().sock_connect(made, (GUEST_ADDRESS, self.spec.port))
-        except BaseException:
-            made.close()
-            raise
-        return made
+        return await self._network.connect(self.spec.port)
 
     async def stop(self, grace_secs: float) -> None:
         """End the function, and the machine with it; returns when it is gone."""
@@ -154,6 +148,7 @@ class Machine:
         process, network = self._process, self._network
         assert process is not None
         assert network is not None
+        assert network.metadata is not None
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         handle = os.pidfd_open(process.pid)
@@ -177,12 +172,6 @@ class Machine:
             journal.close()
             loop.remove_reader(handle)
             os.close(handle)
-
-
-def _new_socket() -> socket.socket:
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return made
 
 
 def how(ended: InstanceExit) -> str:

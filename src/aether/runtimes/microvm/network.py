@@ -10,6 +10,7 @@ The namespace has no name and no process: it is gone when the last descriptor of
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import fcntl
 import os
@@ -29,6 +30,7 @@ TAP = "tap0"
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
+_TUNSETPERSIST, _TUNSETOWNER, _TUNSETGROUP = 0x400454CB, 0x400454CC, 0x400454CE
 _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFFLAGS, _SIOCSIFHWADDR, _SIOCSARP = 0x8916, 0x891C, 0x8914, 0x8924, 0x8955
 _IFF_UP, _ARPHRD_ETHER, _ATF_COM, _ATF_PERM = 0x1, 1, 0x2, 0x4
 Made = TypeVar("Made")
@@ -37,16 +39,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(slots=True)
 class Network:
-    """Descriptors of a machine's network; `tap` goes to the monitor. Close it when the machine is gone."""
+    """Descriptors of a machine's network; `tap` goes to the monitor, or is -1 when the monitor opens it by its name.
+    Close it when the machine is gone."""
 
     namespace: int
     tap: int
-    metadata: socket.socket
+    metadata: socket.socket | None
+    """None when the monitor serves metadata itself."""
     control: socket.socket
 
     def close(self) -> None:
         self.close_tap()
-        self.metadata.close()
+        if self.metadata is not None:
+            self.metadata.close()
         self.control.close()
         if self.namespace >= 0:
             os.close(self.namespace)
@@ -58,15 +63,30 @@ class Network:
             os.close(self.tap)
             self.tap = -1
 
+    async def connect(self, port: int) -> socket.socket:
+        """A connected, non-blocking socket to the guest. Raises OSError."""
+        if self.namespace < 0:
+            raise ConnectionRefusedError("the machine's network is gone")
+        made = inside(self.namespace, _new_socket)
+        try:
+            await asyncio.get_running_loop().sock_connect(made, (GUEST_ADDRESS, port))
+        except BaseException:
+            made.close()
+            raise
+        return made
 
-def make_network() -> Network:
-    """A new network. Blocks for some milliseconds. Raises ServiceUnavailable without the right to make one."""
+
+def make_network(owner: int | None = None) -> Network:
+    """A new network. Blocks for some milliseconds. Raises ServiceUnavailable without the right to make one.
+
+    With `owner`, the TAP stays for a monitor that runs as that user and group and opens it by its name, and there is
+    no metadata service."""
     made: list[Network | BaseException] = []
 
     def make() -> None:
         # in a thread of its own: the thread stays in the namespace until it ends
         try:
-            made.append(_make())
+            made.append(_make(owner))
         except BaseException as error:  # noqa: BLE001 (raised by the caller's thread)
             made.append(error)
 
@@ -107,7 +127,7 @@ def _enter(namespace: int) -> None:
         _fail()
 
 
-def _make() -> Network:
+def _make(owner: int | None) -> Network:
     if _libc.unshare(_CLONE_NEWNET) != 0:
         _fail()
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -117,7 +137,8 @@ def _make() -> Network:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
             _request(handle, _SIOCSIFHWADDR, TAP, pack("H14s", _ARPHRD_ETHER, _mac(HOST_MAC)))
             _address(handle, "lo", "127.0.0.1", "255.0.0.0")
-            _address(handle, "lo:1", METADATA_ADDRESS, "255.255.255.255")
+            if owner is None:
+                _address(handle, "lo:1", METADATA_ADDRESS, "255.255.255.255")
             _address(handle, TAP, HOST_ADDRESS, "255.255.255.0")
             fcntl.ioctl(
                 handle,
@@ -128,18 +149,34 @@ def _make() -> Network:
                 + bytes(16)
                 + TAP.encode().ljust(16, b"\0"),
             )
-        for address, port in ((METADATA_ADDRESS, METADATA_PORT), (HOST_ADDRESS, CONTROL_PORT)):
+        listening = [(HOST_ADDRESS, CONTROL_PORT)]
+        if owner is None:
+            listening.append((METADATA_ADDRESS, METADATA_PORT))
+        for address, port in listening:
             sockets.append(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             sockets[-1].setblocking(False)
             sockets[-1].bind((address, port))
             sockets[-1].listen(8)
+        if owner is not None:
+            fcntl.ioctl(tap, _TUNSETOWNER, owner)
+            fcntl.ioctl(tap, _TUNSETGROUP, owner)
+            fcntl.ioctl(tap, _TUNSETPERSIST, 1)
+            os.close(tap)
+            tap = -1
         namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except BaseException:
-        os.close(tap)
+        if tap >= 0:
+            os.close(tap)
         for item in sockets:
             item.close()
         raise
-    return Network(namespace, tap, sockets[0], sockets[1])
+    return Network(namespace, tap, sockets[1] if owner is None else None, sockets[0])
+
+
+def _new_socket() -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
 
 
 def _address(handle: socket.socket, name: str, address: str, mask: str) -> None:
