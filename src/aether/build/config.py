@@ -15,7 +15,10 @@ from aether.model.volumes import check_volumes
 Table = Mapping[str, Any]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KNOWN = frozenset({"app", "kind", "start", "runtime", "health", "env", "rollout", "processes", "release", "volumes"})
+_KNOWN = frozenset(
+    {"app", "kind", "start", "runtime", "health", "env", "rollout", "processes", "release", "volumes", "function"}
+)
+_NOT_OF_FUNCTIONS = ("start", "health", "rollout", "processes", "release", "volumes")
 _ROLLOUT_NUMBERS = ("step_secs", "bake_secs", "min_requests", "max_error_rate", "max_latency_ratio")
 STRATEGIES = ("rolling", "recreate", "canary", "bluegreen")
 
@@ -35,6 +38,8 @@ class AetherToml:
     """The `[processes]` table as it is written; `aether.build.processes` makes sense of it."""
     release: Mapping[str, Any] = field(default_factory=dict[str, Any])
     volumes: tuple[Mapping[str, str], ...] = ()
+    function: Mapping[str, Any] | None = None
+    """The `[function]` table as it is written, when `kind` is function; see `aether.build.functions`."""
     notes: tuple[str, ...] = ()
 
 
@@ -106,8 +111,8 @@ def read_aether_toml(root: Path) -> AetherToml:
     if table is None:
         return AetherToml()
     kind = text_of(table, "kind", name)
-    if kind not in (None, "app"):
-        raise ConfigError(f"{name}: kind '{kind}' is not known; this version deploys kind = \"app\"")
+    if kind not in (None, "app", "function"):
+        raise ConfigError(f'{name}: kind \'{kind}\' is not known; this version deploys "app" and "function"')
     health = table_of(table, "health", name)
     health_path = text_of(health, "path", f"{name} [health]")
     if health_path is not None and not health_path.startswith("/"):
@@ -124,6 +129,9 @@ def read_aether_toml(root: Path) -> AetherToml:
         env[key] = str(value)
     strategy, rollout = _rollout(table_of(table, "rollout", name), f"{name} [rollout]")
     moving = table_of(table, "rollout", name)
+    idle = [key for key in _NOT_OF_FUNCTIONS if key in table] if kind == "function" else []
+    if "function" in table and kind != "function":
+        raise ConfigError(f'{name}: [function] needs kind = "function"')
     unknown = sorted(
         {key for key in table if key not in _KNOWN}
         | {f"health.{key}" for key in health if key != "path"}
@@ -140,7 +148,11 @@ def read_aether_toml(root: Path) -> AetherToml:
         processes=table_of(table, "processes", name),
         volumes=_volumes(table.get("volumes"), f"{name} [[volumes]]"),
         release=table_of(table, "release", name),
-        notes=tuple(f"{name}: '{key}' is not known and has no effect" for key in unknown),
+        function=table_of(table, "function", name) if kind == "function" else None,
+        notes=(
+            *(f"{name}: '{key}' is not known and has no effect" for key in unknown),
+            *(f"{name}: '{key}' has no effect on a function" for key in idle),
+        ),
     )
 
 

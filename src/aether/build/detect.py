@@ -39,6 +39,8 @@ def detect(root: Path, options: Options) -> Project:
         raise ConfigError(f"{root} is not a folder")
     config = read_aether_toml(root)
     package = read_json(root / "package.json")
+    if config.function is not None:
+        return _function(root, options, config, package)
     procfile = read_procfile(root)
     processes = find_processes(config, procfile)
     kind = _kind(root, options.runtime or config.runtime, package, config.start or processes.web)
@@ -76,6 +78,36 @@ def detect(root: Path, options: Options) -> Project:
         volumes=config.volumes,
         strategy=config.strategy,
         rollout=config.rollout,
+        notes=tuple(notes),
+    )
+
+
+def _function(root: Path, options: Options, config: AetherToml, package: Table | None) -> Project:
+    """A function is built as an app of its language is; instead of a command it has an entrypoint."""
+    from aether.build.functions import fields_of, language_of
+
+    name = _app_name(root, options, config, package)
+    wanted = options.runtime or config.runtime
+    notes = list(config.notes)
+    language = language_of(root, config.function or {}, wanted, package)
+    if language == "python":
+        kind = "python"
+        runtime = wanted or _python_runtime(options)
+    elif language == "node" and package is not None:
+        kind = "node"
+        runtime = wanted or _node_runtime(package, options, notes)
+    else:
+        kind, runtime = "binary", wanted or language
+    fields = fields_of(root, name, language, config.function or {}, package)
+    return Project(
+        root=root,
+        kind=kind,
+        app=name,
+        runtime=runtime,
+        start=f"{language} {fields['entrypoint']}",
+        env={**config.env, **options.env},
+        health_path=None,
+        function=fields,
         notes=tuple(notes),
     )
 

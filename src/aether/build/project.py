@@ -73,6 +73,8 @@ class Project:
     """Names and paths of the folders that outlive instances."""
     rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How traffic moves to a new release, in the words of the API; what is absent is the server's to choose."""
+    function: Mapping[str, Any] | None = None
+    """Of a function: its fields besides name and variables, in the words of the API."""
     notes: tuple[str, ...] = ()
     """Decisions the user should see, one sentence each."""
 

@@ -111,11 +111,14 @@ def run(arguments: Arguments, context: Context) -> int:
         found = plan(root, options)
         for note in found.project.notes:
             progress.note(note)
+        if found.project.function is not None:
+            _check_function(arguments)
         if arguments.dry_run:
             return dry_run(context, found, wanted, (time.monotonic() - started) * 1000)
         offline = arguments.pack_only or arguments.no_upload
         known = False if arguments.pack_only else _known(context, found.project.app, must_answer=not offline)
-        progress.end(f"{found.project.kind} project, {found.project.runtime}, app {found.project.app}")
+        what = "app" if found.project.function is None else "function"
+        progress.end(f"{found.project.kind} project, {found.project.runtime}, {what} {found.project.app}")
         made, documents = _make(context, progress, found, arguments, wanted)
         result = _described(made, documents)
         if not offline:
@@ -141,6 +144,13 @@ def _check(arguments: Arguments) -> None:
         raise UsageError(f"'{arguments.folder}' is not a folder")
     if arguments.app:
         check_app_name(arguments.app)
+
+
+def _check_function(arguments: Arguments) -> None:
+    """Raises UsageError for a flag that is for apps only."""
+    for flag in ("--start", "--strategy", "--canary-steps", "--step-time", "--bake-time"):
+        if getattr(arguments, flag[2:].replace("-", "_")) is not None:
+            raise UsageError(f"{flag} is not for functions")
 
 
 def _options(arguments: Arguments, context: Context) -> Options:
@@ -224,9 +234,14 @@ def _ship(
     result["timings_ms"]["upload"] = round(progress.end(what + with_documents), 1)
     result["bytes_uploaded"], result["bytes_reused"] = sent, reused
     started = time.monotonic()
-    deployment = _roll_out(context, progress, made, arguments)
+    if made.plan.project.function is not None:
+        from aether.cli.function_deploy import serve
+
+        result.update(serve(context, progress, made, arguments))
+    else:
+        deployment = _roll_out(context, progress, made, arguments)
+        result.update(deployment_id=deployment["id"], url=deployment["url"], status=deployment["status"])
     result["timings_ms"]["rollout"] = round((time.monotonic() - started) * 1000, 1)
-    result.update(deployment_id=deployment["id"], url=deployment["url"], status=deployment["status"])
 
 
 def _create(context: Context, app: str) -> None:
@@ -308,6 +323,8 @@ def _said(result: dict[str, Any], *, detached: bool) -> str:
     if result["url"] is None:
         has = "\nthe registry has this artifact already" if result["bytes_reused"] else ""
         return f"{escape(result['artifact'])}\nsha256 {result['digest']}{has}"
+    if detached and "function" in result:
+        return f"{result['url']}\nversion {result['version']} is current"
     if detached:
         return f"{result['url']}\ndeployment {result['deployment_id']} is {result['status']}"
     return str(result["url"])

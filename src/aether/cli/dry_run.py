@@ -31,6 +31,8 @@ def dry_run(context: Context, found: Plan, wanted: Wanted, detect_ms: float) -> 
     result["timings_ms"] = {**phases, "detect": round(detect_ms, 1), "total": round(detect_ms, 1)}
     result.update(bytes_uploaded=0, bytes_reused=0, runtime=project.runtime, start=project.start)
     result.update(processes=dict(project.processes), release_command=project.release_command)
+    if project.function is not None:
+        result["function"] = dict(project.function)
     result["steps"] = list(found.steps)
     result["would_pack"] = would
     result["excluded"] = [{"path": item.path, "reason": item.reason} for item in found.excluded]
@@ -39,8 +41,9 @@ def dry_run(context: Context, found: Plan, wanted: Wanted, detect_ms: float) -> 
     result.update(more)
 
     def text() -> str:
+        what = "app" if project.function is None else "function"
         lines = [
-            f"app {project.app}: {project.kind} project, {project.runtime}, started by '{escape(project.start)}'"
+            f"{what} {project.app}: {project.kind} project, {project.runtime}, started by '{escape(project.start)}'"
         ]
         for name, process in sorted(project.processes.items()):
             when = f"cron '{process['schedule']}'" if "schedule" in process else "worker"

@@ -31,6 +31,7 @@ GROUPS: "dict[str, dict[str, str]]" = {
         "config": "show and change the environment of an app",
         "run": "run a command in a new sandbox of an app",
         "volumes": "list the volumes of an app, and delete one",
+        "function": "create, change, call and delete functions",
     },
     "Look": {
         "list": "list apps",

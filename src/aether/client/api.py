@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any, TypeVar
 
+    from aether.client.functions import Functions
     from aether.client.transport import OnEvent
     from aether.client.wire import (
         App,
@@ -93,6 +94,12 @@ class Api:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def functions(self) -> Functions:
+        from aether.client.functions import Functions
+
+        return Functions(self.transport)
 
     @property
     def base(self) -> str:

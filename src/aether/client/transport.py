@@ -77,6 +77,7 @@ class Stream:
     """An answer that is read while it is being sent, on a connection of its own."""
 
     def __init__(self, connection: Connection, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
         self.headers = {name.lower(): value for name, value in response.getheaders()}
         self._connection = connection
         self._response = response
@@ -85,7 +86,11 @@ class Stream:
         """The bytes that have come, at least one; `b""` after the sender's end. Raises StreamBroken."""
         self._connection.limit(timeout_s)
         try:
-            return self._response.read1(BLOCK_BYTES)
+            piece = self._response.read1(BLOCK_BYTES)
+            # read1 does not complain about a body that ends early
+            if not piece and self._response.length:
+                raise http.client.IncompleteRead(b"", self._response.length)
+            return piece
         except TimeoutError:
             raise StreamBroken(f"{self._connection.origin} went silent") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -223,6 +228,30 @@ class Transport:
         if not any(name.lower() == "content-type" for name in fields):
             fields["Content-Type"] = "application/gzip"
         return self._call("PUT", url, fields, lambda: body, False, None, block_timeout_s, attempts=1)
+
+    def post(self, path: str, body: Body, content_type: str, timeout_s: float) -> Reply:
+        """POST `body` to `path` in one attempt; `timeout_s` bounds each block and the wait for the answer. Raises
+        NetworkError, LocalIOError, or what the envelope says."""
+        fields = {"Content-Type": content_type, "Content-Length": str(body.size)}
+        return self._call("POST", self._url(path, None), fields, lambda: body, False, None, timeout_s, attempts=1)
+
+    def open(
+        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None, timeout_s: float
+    ) -> Stream:
+        """Send one request and return the open answer whatever its status. `timeout_s` bounds the wait for its
+        headers. Raises NetworkError."""
+        connection = Connection(self.origin, self._ca_file)
+        try:
+            connection.open(min(CONNECT_TIMEOUT_S, timeout_s))
+            connection.limit(timeout_s)
+            url = self._url(path, None)
+            connection.request(method, _target(url), body=body, headers=self._headers(self.origin, headers))
+            response = connection.getresponse()
+            self._note("http", method=method, url=_shown(url), status=response.status)
+        except BaseException as error:
+            connection.close()
+            raise named(error, connection.origin, self.origin) from error
+        return Stream(connection, response)
 
     def stream(
         self,

@@ -52,6 +52,10 @@ _FORMS = {
     "application/x-tar+gzip": CodeForm.TAR_GZ,
 }
 Search = Annotated[str, QueryParameter(name="q", max_length=40, description="Part of the name.")]
+Entrypoint = Annotated[
+    str | None, QueryParameter(name="entrypoint", description="Changes with the code: a field of the function.")
+]
+Runtime = Annotated[str | None, QueryParameter(name="runtime", description="The same.")]
 Tail = Annotated[int, QueryParameter(name="tail", ge=0, le=MAX_TAIL, description="How many of the newest lines.")]
 
 
@@ -120,21 +124,28 @@ async def delete_function(function: FromPath[str], services: Deps) -> None:
 
 @post("/api/functions/{function:str}/code", status_code=200, tags=["functions"], request_max_body_size=None)
 async def put_function_code(
-    request: Request[Any, Any, Any], function: FromPath[str], services: Deps, caller: Caller
+    request: Request[Any, Any, Any],
+    function: FromPath[str],
+    services: Deps,
+    caller: Caller,
+    entrypoint: Entrypoint = None,
+    runtime: Runtime = None,
 ) -> FunctionView:
     """Give a function code: a zip or tar.gz archive as the body, or as JSON the digest of an artifact. The archive is
     unpacked and judged before it is taken."""
     functions = functions_of(services)
     found = await functions.catalogue.get(function)
+    named = {"entrypoint": entrypoint, "runtime": runtime}
+    values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        changed = await _put_artifact(services, found, await _json(request), caller)
+        changed = await _put_artifact(services, found, await _json(request), values, caller)
     else:
         async with (
             services.turns.one(),
             functions.codes.receiving(_body(request, MAX_CODE_BYTES), _FORMS.get(kind)) as received,
         ):
-            changed = await functions.catalogue.put_code(found.id, received, caller.name)
+            changed = await functions.catalogue.put_code(found.id, received, caller.name, values=values)
     return await _view(services, changed, caller)
 
 
@@ -214,10 +225,12 @@ def _given(data: FunctionFields) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not msgspec.UNSET}
 
 
-async def _put_artifact(services: Services, found: Function, asked: CodeOfArtifact, caller: Principal) -> Function:
+async def _put_artifact(
+    services: Services, found: Function, asked: CodeOfArtifact, values: dict[str, Any], caller: Principal
+) -> Function:
     artifact = await _artifact(services, found, asked, caller)
     code = ArtifactCode(artifact.id, artifact.digest, artifact.storage_key)
-    values = {} if asked.fields is None else _given(asked.fields)
+    values |= {} if asked.fields is None else _given(asked.fields)
     return await functions_of(services).catalogue.put_artifact(found.id, code, caller.name, values)
 
 
