@@ -20,7 +20,7 @@ from aether.cli.main import entry, load, verbs
 from aether.model import errors
 
 AETHER = str(Path(sys.executable).parent / "aether")
-NOT_LISTED = {"dev", "function", "slice", "gateway", "worker", "node"}
+NOT_LISTED = {"dev", "slice", "gateway", "worker", "node"}
 
 
 def test_every_verb_in_the_table_exists_and_describes_itself() -> None:
