@@ -240,6 +240,9 @@ async def test_what_a_function_takes_is_bounded_and_its_end_is_not_its_choice(ki
         await logged(box.runtime, box.id("i1"), "flooded")
         kept = sum(file.stat().st_size for file in (box.data / "logs").rglob("*.log*"))
         assert (1 << 20) < kept < (2 << 20) + 100_000
+        # what is kept is more than is taken at once: there was a pause, and the function had to wait
+        lines = [item for item in await box.runtime.log(box.id("i1"), 10_000) if "x" * 1000 in item.text]
+        assert lines[-1].time_ns - lines[0].time_ns > 500_000_000
         # either it gets no more processes, or those it got have used up its memory
         forks = asyncio.create_task(ask(box.runtime, box.id("i1"), "/fork"))
         end = asyncio.create_task(box.runtime.wait(box.id("i1")))

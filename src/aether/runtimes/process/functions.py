@@ -36,6 +36,8 @@ FIRST_UID = 280_000
 """Sandboxes that root makes run as users from here on, one for each function, who own nothing."""
 MAX_PROCESSES = 256
 """Processes and threads of one instance."""
+_LOG_RATE = 1 << 20
+"""Bytes in a second; more has to wait, as in a machine's console."""
 _LOG_TAIL = 20
 _LOOK_SECS, _LOOK_LATER_SECS, _LATER_SECS = 0.003, 0.02, 2.0
 """The kernel tells nobody that a port is listened on, so its table is looked at; less often when it takes long."""
@@ -83,6 +85,7 @@ class ProcessFunctions:
             self._data,
             RuntimeOptions(
                 log_bytes=LOG_BYTES,
+                log_rate=_LOG_RATE,
                 egress=Egress(egress.NONE),
                 first_uid=FIRST_UID,
                 lifeline=self._lifeline,
@@ -180,7 +183,13 @@ class ProcessFunctions:
         """The interpreter and the folder of the code."""
         if runtime not in _ENV:
             raise NotFound(f"there is no runtime called '{runtime}'; here are {', '.join(_ENV)}")
-        program, tree, found = await asyncio.gather(self._program(runtime), self._trees.get(code), self.sandbox())
+        # owned, because the first that fails ends the waiting, and `close` is to find the others
+        program, tree, found, _ = await asyncio.gather(
+            self._own(self._program(runtime)),
+            self._own(self._trees.get(code)),
+            self._own(self.sandbox()),
+            self._own(self._processes.warm()),
+        )
         if not found.usable:
             raise ServiceUnavailable(f"functions cannot be run here: {found.reason}; {found.remedy}")
         return program, tree

@@ -40,24 +40,41 @@ class Nursery:
         Raises OSError when none was forked, BlockingIOError when too many are being forked, and TimeoutError after it
         ended one that says nothing.
         """
+        said = await self._fork(plan, folder, lock, errors, limit_secs)
+        if said is None:  # the nursery was killed, and that is noticed here first
+            said = await self._fork(plan, folder, lock, errors, limit_secs)
+        if said is None:
+            raise ConnectionResetError("what forks keepers ends")
+        return said
+
+    async def _fork(self, plan: bytes, folder: Path, lock: int, errors: int, limit_secs: float) -> bytes | None:
+        """As `keeper`; None when there is no nursery any more that could have forked one."""
+        control = await self.ready()
         ours, theirs = socket.socketpair()
-        with theirs:
-            opened: list[int] = []
-            try:
-                opened.append(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-                opened.append(_memory(plan))
-                await self._send([lock, opened[0], errors, opened[1], theirs.fileno()])
-            except BaseException:
-                ours.close()
-                raise
-            finally:
-                for fd in opened:
-                    os.close(fd)
+        opened: list[int] = []
+        try:
+            opened.append(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            opened.append(_memory(plan))
+            socket.send_fds(control, [b"k"], [lock, opened[0], errors, opened[1], theirs.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            ours.close()
+            self._forget(control)
+            return None
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            for fd in opened:
+                os.close(fd)
         reader, writer = await asyncio.open_connection(sock=ours)
         pid = 0
         try:
             async with asyncio.timeout(limit_secs):
-                pid = int(await reader.readline() or 0)
+                if not (first := await reader.readline()):
+                    self._forget(control)
+                    return None
+                pid = int(first)
                 return await reader.readline()
         except TimeoutError:
             if pid:
@@ -66,16 +83,10 @@ class Nursery:
         finally:
             writer.close()
 
-    async def _send(self, fds: list[int]) -> None:
-        control = await self.ready()
-        try:
-            socket.send_fds(control, [b"k"], fds)
-        except (BrokenPipeError, ConnectionResetError):
-            # it was killed, and that is noticed here first
-            if self._control is control:
-                self._control = None
-            control.close()
-            socket.send_fds(await self.ready(), [b"k"], fds)
+    def _forget(self, control: socket.socket) -> None:
+        if self._control is control:
+            self._control = None
+        control.close()
 
     async def close(self) -> None:
         """End the nursery; the next keeper gets another."""

@@ -50,7 +50,7 @@ _OPEN = Egress()
 class RuntimeOptions:
     """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept.
     `lifeline`: the reading end of a pipe; instances are ended when its other end is closed, so when nobody has it;
-    their keepers are then forked by a nursery."""
+    their keepers are then forked by a nursery. `log_rate`: bytes of output taken in a second, 0 for all that come."""
 
     sandbox: str = "auto"
     log_bytes: int = 10 * 1024 * 1024
@@ -58,6 +58,7 @@ class RuntimeOptions:
     egress: Egress = _OPEN
     first_uid: int = FIRST_UID
     lifeline: int = -1
+    log_rate: int = 0
 
 
 class ProcessRuntime:
@@ -272,6 +273,7 @@ class ProcessRuntime:
                 memory_events=os.fsencode(group.memory_events) if group.memory_events else b"",
                 log=os.fsencode(self._log(spec.instance_id, spec.app)),
                 log_bytes=self._options.log_bytes,
+                log_rate=self._options.log_rate,
                 port=port,
                 slirp=os.fsencode(self._slirp),
                 refused=[str(network).encode() for network in self._options.egress.refused()],

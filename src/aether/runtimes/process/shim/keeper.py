@@ -110,6 +110,9 @@ class Keeper:
         self._deadline = 0.0
         self._wait_status: int | None = None
         self._drain_until = 0.0
+        self._taken = 0
+        self._taken_until = 0.0
+        self._paused = False
         self._exit = ""
         self._console: Console | None = None
         self._expires = 0.0
@@ -160,6 +163,9 @@ class Keeper:
     def _keep_time(self, now: float) -> None:
         if self._deadline and not self._killed and now >= self._deadline:
             self._kill()
+        if self._paused and (now >= self._taken_until or self._wait_status is not None):
+            self._paused = False
+            self._read_streams()
         if self._stopping or self._wait_status is not None:
             return
         if self._expires and now >= self._expires:
@@ -197,6 +203,7 @@ class Keeper:
         else:
             times = [due] if (due := self._restarts.next()) is not None else []
             times += [self._deadline] if self._deadline and not self._killed else []
+            times += [self._taken_until] if self._paused else []
             if not self._stopping:
                 times += [self._expires] if self._expires else []
                 times += [self._console.attach_by] if self._console is not None and self._console.waiting else []
@@ -347,9 +354,24 @@ class Keeper:
             if self._wait_status is not None:
                 self._drain_until = time.monotonic() + _STALLED_SECS
             if self._console.blocked:
-                for other in self._streams:
-                    if other in self._handlers:
-                        self.unwatch(other)
+                self._leave_streams()
+        elif self._plan.log_rate:
+            self._pace(len(data))
+
+    def _leave_streams(self) -> None:
+        for fd in self._streams:
+            if fd in self._handlers:
+                self.unwatch(fd)
+
+    def _pace(self, count: int) -> None:
+        """A flood has to wait: what it costs to keep is not within the limits of the instance."""
+        now = time.monotonic()
+        if now >= self._taken_until:
+            self._taken, self._taken_until = 0, now + 1.0
+        self._taken += count
+        if self._taken > self._plan.log_rate and self._wait_status is None:
+            self._paused = True
+            self._leave_streams()
 
     def _attach(self, fd: int) -> None:
         console = self._console

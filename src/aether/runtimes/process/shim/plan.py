@@ -19,7 +19,8 @@ class Plan:
     """One instance to run. Byte strings are paths or arguments exactly as the kernel takes them.
 
     `console` is empty, PIPES or TERMINAL; `expires_ms` ends the instance after that time, 0 never; `owner` is the uid
-    that may open the standard streams again by name (/dev/stdout), -1 for the keeper's own.
+    that may open the standard streams again by name (/dev/stdout), -1 for the keeper's own; `log_rate` is how many
+    bytes are taken for the log in a second, 0 for all that come.
     `refused` are networks without a way out; the machine's own addresses join them unless in one of `allowed`.
     """
 
@@ -44,6 +45,7 @@ class Plan:
         console: str = "",
         expires_ms: int = 0,
         owner: int = -1,
+        log_rate: int = 0,
     ) -> None:
         self.kind = kind
         self.argv = argv
@@ -61,6 +63,7 @@ class Plan:
         self.console = console
         self.expires_ms = expires_ms
         self.owner = owner
+        self.log_rate = log_rate
         self.refused = refused
         self.allowed = allowed
 
@@ -84,6 +87,7 @@ class Plan:
             b"console=" + self.console.encode(),
             b"expires_ms=%d" % self.expires_ms,
             b"owner=%d" % self.owner,
+            b"log_rate=%d" % self.log_rate,
         ]
         if any(b"\0" in item for item in items):
             raise ValueError("a NUL byte can be part of no path, argument or variable")
@@ -116,6 +120,7 @@ class Plan:
             console=one(b"console").decode(),
             expires_ms=int(one(b"expires_ms")),
             owner=int(one(b"owner")),
+            log_rate=int(one(b"log_rate")),
             refused=found.get(b"refused", []),
             allowed=found.get(b"allowed", []),
         )
