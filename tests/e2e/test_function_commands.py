@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -297,3 +298,20 @@ def test_the_answer_is_passed_on_while_it_comes(up: Product, tmp_path: Path) -> 
         connection.close()
         assert process.stdout.read() == "last\n"
         assert process.wait(20) == 0
+
+
+def test_functions_come_back_from_a_backup(tmp_path: Path) -> None:
+    with product(tmp_path / "home", AETHER_FUNCTION_RUNTIME="process") as up:
+        create(up, "saved", folder(tmp_path / "code"), "--env", "V=a-value-to-look-for")
+        assert up.run("function", "invoke", "saved").json["version"] == "a-value-to-look-for"
+        file = tmp_path / "b.tar"
+        up.run("backup", "--out", str(file), "--plain-keys")
+        content = file.read_bytes()
+        assert b"a-value-to-look-for" not in content
+        assert b"functions/kv.db" not in content, "what only the running server needs is in the backup"
+        up.stop()
+        shutil.rmtree(up.data)
+        back = up.run("restore", str(file), "--format", "json").json
+        assert (back["missing"], back["counts"]["functions"]) == ([], 1)
+        up.start()
+        assert up.run("function", "invoke", "saved").json["version"] == "a-value-to-look-for"
