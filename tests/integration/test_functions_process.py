@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from aether.model.errors import ServiceUnavailable
-from aether.runtimes.process import functions
+from aether.runtimes.process import functions, record
 from aether.runtimes.process.listening import Listening, listening
 from support import functions_main
 from support.function_runtimes import bench
@@ -65,6 +65,64 @@ async def test_what_forks_keepers_is_replaced_when_killed_and_ends_with_the_runt
         for name in ("a", "b", "c", "d"):
             (await box.runtime.connect(box.id(name))).close()
     assert processes_mentioning(str(data)) == []
+
+
+ENDS = {
+    "exit": ("console.log('last words'); process.exit(7)", "exited with code 7", "last words"),
+    "crash": ("console.log('last words'); process.abort()", "was ended by signal 6", "last words"),
+    "no-such-file": ("require('./absent')", "exited with code 1", "Cannot find module './absent'"),
+    "left-behind": (
+        # what listens is a child of the function, which ends and takes everything with it
+        "if (process.argv[2]) require('http').createServer(() => {}).listen(process.env.PORT);\n"
+        "else { require('child_process').spawn(process.execPath, [__filename, 'child'], {detached: true}).unref();\n"
+        "console.log('last words'); process.exit(0); }",
+        "exited with code 0",
+        "last words",
+    ),
+    "silent": ("require('fs').closeSync(1); require('fs').closeSync(2); process.exit(3)", "exited with code 3", ""),
+}
+
+
+@pytest.mark.parametrize("name", list(ENDS))
+async def test_a_function_that_ends_before_it_listens_is_told_from_its_end(name: str, tmp_path: Path) -> None:
+    source, reason, said = ENDS[name]
+    async with bench("process", tmp_path / "data") as box:
+        with pytest.raises(ServiceUnavailable, match=f"{reason} before it listened on port 3000") as caught:
+            await box.runtime.start(box.spec(code(tmp_path / "in", {"index.js": source})))
+        assert caught.value.details is not None
+        assert said in "\n".join(caught.value.details["log"])
+        assert box.left() == []
+
+
+async def test_listening_elsewhere_is_not_listening(tmp_path: Path) -> None:
+    source = SERVER.replace("process.env.PORT", "Number(process.env.PORT) + 1")
+    async with bench("process", tmp_path / "data") as box:
+        start = asyncio.create_task(box.runtime.start(box.spec(code(tmp_path / "in", {"index.js": source}))))
+        async with asyncio.timeout(60):
+            while "up" not in [item.text for item in await box.runtime.log(box.id("i1"))]:
+                await asyncio.sleep(0.01)
+        with pytest.raises(OSError):
+            await box.runtime.connect(box.id("i1"))
+        # a start is under way: it is ended by a stop as well, and says so
+        assert (await box.runtime.stop(box.id("i1"), 0.0)).signal is not None
+        with pytest.raises(ServiceUnavailable, match="before it listened on port 3000"):
+            await start
+        assert box.left() == []
+
+
+async def test_a_hanging_keeper_is_swept_too(tmp_path: Path) -> None:
+    code(tmp_path / "in", {"index.js": SERVER})
+    data = tmp_path / "data"
+    async with bench("process", data) as box:
+        name = box.id("i1")
+        async with spawned(Path(functions_main.__file__), "process", data, tmp_path / "in", name) as server:
+            assert await server.line() == "ready"
+            keeper, _ = record.keeper_of(data / "instances" / name)
+            os.kill(keeper, signal.SIGSTOP)
+            await server.kill()
+        assert box.running() == [name]
+        assert list(await box.runtime.sweep()) == [name]
+        assert box.left() == []
 
 
 async def test_memory_and_processors_are_limited_as_asked(tmp_path: Path) -> None:
