@@ -131,7 +131,8 @@ class Settings:
     sandbox: str = "auto"
     """auto, bubblewrap, or none (a plain child; refused unless the edge listens on loopback)."""
     function_runtime: str = "auto"
-    """qemu (a virtual machine each), process (a sandbox each), auto (the first that can be had here), or off."""
+    """firecracker or qemu (a virtual machine each), process (a sandbox each), auto (qemu if it can be had here, else
+    process), or off."""
     function_kernel_root: Path = Path("/")
     """Where the guest's kernel is: the folder that holds boot/ and lib/modules/."""
     function_parallel_starts: int = 0
@@ -195,8 +196,8 @@ def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
             f"AETHER_MULTIPART_PART_SIZE_BYTES must be at least {SMALLEST_PART_BYTES}: object stores take no smaller "
             "parts"
         )
-    if values.get("function_runtime", "auto") not in ("auto", "qemu", "process", "off"):
-        raise ConfigError("AETHER_FUNCTION_RUNTIME must be auto, qemu, process or off")
+    if values.get("function_runtime", "auto") not in ("auto", "firecracker", "qemu", "process", "off"):
+        raise ConfigError("AETHER_FUNCTION_RUNTIME must be auto, firecracker, qemu, process or off")
     _check_origins(values.get("cors_allowed_origins", ()))
     _check_storage(values)
     if values.get("access_log", "file") not in ("file", "stdout", "off"):

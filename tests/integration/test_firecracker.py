@@ -17,13 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from aether.model.errors import Conflict, NotFound, ServiceUnavailable
+from aether.model.errors import ConfigError, Conflict, NotFound, ServiceUnavailable
 from aether.model.function_instance import FunctionPhase
 from aether.runtimes.firecracker import jail as jails
 from aether.runtimes.firecracker.api import Call
 from aether.runtimes.firecracker.jail import Jail, Programs
 from aether.runtimes.firecracker.machine import Machine
 from aether.runtimes.firecracker.runtime import FirecrackerRuntime
+from aether.settings import load
+from aether.topology.functions import open_runtime
 from support.firecracker import (
     CALLS,
     FILES,
@@ -290,6 +292,21 @@ async def test_missing_programs_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("jailer", "firecracker"):
         (tmp_path / name).symlink_to(getattr(PROGRAMS, name))
     assert runtime.programs() == Programs(PROGRAMS.jailer.resolve(), PROGRAMS.firecracker.resolve())
+
+
+async def test_a_server_has_it_when_told_to_and_refuses_when_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_firecracker()
+    told = load({"AETHER_FUNCTION_RUNTIME": "firecracker"}, data_dir=tmp_path / "home")
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(ConfigError, match=r"AETHER_FUNCTION_RUNTIME=firecracker: .*jailer is missing in PATH"):
+        open_runtime(told, tmp_path)
+    monkeypatch.setenv("PATH", os.fspath(PROGRAMS.jailer.parent))
+    runtime, words = open_runtime(told, tmp_path)
+    assert isinstance(runtime, FirecrackerRuntime)
+    assert words == "functions in a Firecracker machine each"
+    await runtime.close()
 
 
 async def boots(runtime: FirecrackerRuntime) -> bool:

@@ -153,6 +153,28 @@ async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path, after_ms:
             assert left(data) == []
 
 
+@pytest.mark.parametrize("after_ms", [None, 0, 2, 5, 10, 20, 40])
+async def test_an_instance_that_is_stopped_while_it_starts_is_gone_at_once(
+    tmp_path: Path, after_ms: int | None
+) -> None:
+    data = tmp_path / "data"
+    async with machines(data) as runtime:
+        work = code(tmp_path / "in", FILES)
+        await runtime.launch(spec(work))
+        waiting = asyncio.create_task(runtime.wait("i1"))
+        if after_ms is not None:
+            await asyncio.sleep(after_ms / 1000)
+        async with asyncio.timeout(30):
+            assert await runtime.stop("i1", 20.0) == KILLED
+            assert await waiting == KILLED
+        assert await runtime.list() == []
+        assert left(data) == []
+        # one that the end of the runtime meets is gone for who waits for it
+        last = await runtime.launch(spec(work, "i2"))
+        await runtime.close()
+        assert last.gone.is_set()
+
+
 async def test_ten_that_start_and_are_killed_at_once_leave_nothing(tmp_path: Path) -> None:
     data = tmp_path / "data"
     async with machines(data) as runtime:
@@ -163,7 +185,8 @@ async def test_ten_that_start_and_are_killed_at_once_leave_nothing(tmp_path: Pat
         held = [runtime._held(name) for name in names]  # pyright: ignore[reportPrivateUsage]
         assert len({machine.plan.jail.user for machine in held}) == 10
         await running(held[0])
-        await asyncio.gather(*(runtime.stop(name, 0.0) for name in names))
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(runtime.stop(name, 0.0) for name in names))
         assert await runtime.list() == []
         assert left(data) == []
 

@@ -19,6 +19,7 @@ from aether.functions.services import FunctionServices
 from aether.functions.worker import WorkerOptions
 from aether.model.errors import ConfigError, ServiceUnavailable
 from aether.observability.logging import logger
+from aether.runtimes.firecracker.runtime import FirecrackerOptions, FirecrackerRuntime
 from aether.runtimes.microvm.guest.kernel import find_kernel
 from aether.runtimes.microvm.qemu import PROGRAM, QemuOptions, QemuRuntime
 from aether.runtimes.process.functions import ProcessFunctions
@@ -49,6 +50,15 @@ def open_runtime(settings: Settings, data: Path) -> tuple[FunctionRuntime, str]:
     lacks = lacks_for_machines(settings)
     if settings.function_runtime == "qemu" and lacks:
         raise ConfigError(f"AETHER_FUNCTION_RUNTIME=qemu: this machine lacks {lacks}")
+    if settings.function_runtime == "firecracker":
+        jailed = FirecrackerRuntime(
+            data / "firecracker", FirecrackerOptions(kernel_root=settings.function_kernel_root)
+        )
+        try:
+            jailed.programs()
+        except ServiceUnavailable as error:
+            raise ConfigError(f"AETHER_FUNCTION_RUNTIME=firecracker: {error}") from error
+        return jailed, "functions in a Firecracker machine each"
     if settings.function_runtime == "process" or (settings.function_runtime == "auto" and lacks):
         if settings.function_runtime == "auto":
             _log.info("functions run in sandboxes, not in virtual machines", lacking=lacks)

@@ -81,9 +81,11 @@ class Machine:
         self.began = time.monotonic()
         self.running = asyncio.Event()
         self.gone = asyncio.Event()
-        self.failure = ""
-        """Why it could not be started, if that is so."""
+        self.failure = "the machine ended without a word"
+        """Why it ended when /init did not say it."""
         self._log = log
+        self._task: asyncio.Task[None] | None = None
+        self._unwanted = False
         self._line = Line(plan.secret)
         self._network: Network | None = None
         self._jailer: subprocess.Popen[bytes] | None = None
@@ -104,11 +106,7 @@ class Machine:
         ended = self.exit() if self.gone.is_set() else None
         if ended is not None:
             phase = FunctionPhase.EXITED
-        reason = (
-            ""
-            if ended is None or self._line.ended is not None
-            else self.failure or "the machine ended without a word"
-        )
+        reason = self.failure if ended is not None and self._line.ended is None else ""
         return FunctionStatus(self.spec.instance_id, self.spec.function, phase, self._ready_ms, ended, reason)
 
     def exit(self) -> InstanceExit:
@@ -159,7 +157,14 @@ class Machine:
         await self.gone.wait()
 
     def kill(self) -> None:
-        """End the monitor at once, or the jailer that would start it."""
+        """End the monitor at once, or the start of one that there is not yet."""
+        self._unwanted = True
+        if self._monitor >= 0:
+            self._signal()
+        elif self._task is not None:
+            self._task.cancel()
+
+    def _signal(self) -> None:
         if self._monitor >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._monitor, signal.SIGKILL)
@@ -168,7 +173,11 @@ class Machine:
 
     async def run(self) -> None:
         """Start the machine and return when all of it is gone. Raises ServiceUnavailable when it cannot start."""
+        if self._unwanted:
+            self.gone.set()
+            return
         journal = open_log(self._log)
+        self._task = asyncio.current_task()
         try:
             # a thread cannot be cancelled: what it makes is waited for and then taken away
             try:
@@ -180,6 +189,7 @@ class Machine:
             self.failure = str(error)
             raise
         finally:
+            self._task = None  # what ends it is not to be cut short
             try:
                 await _surely(self._end())
             finally:
@@ -286,7 +296,7 @@ class Machine:
             self.kill()  # a machine that would go on telling its secrets must not go on
 
     async def _end(self) -> None:
-        self.kill()
+        self._signal()
         jailer = self._jailer
         if jailer is not None:
             await asyncio.to_thread(jailer.wait)

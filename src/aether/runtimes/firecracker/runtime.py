@@ -126,6 +126,9 @@ class FirecrackerRuntime:
         # whoever waits for the machine sees why it failed; of one that nobody waits for, the log says it
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         task.add_done_callback(lambda _: self._users.release(plan.jail.user))
+        task.add_done_callback(
+            lambda _: machine.gone.set()
+        )  # one that is cancelled before its first step is gone too
         self._machines[spec.instance_id] = (machine, task)
         return machine
 
