@@ -10,7 +10,7 @@ ratio is that of the proxies' own cost. On a machine with other work the CPU tim
 more than the throughput: `whole_cpu` is the ratio that one undisturbed CPU would show. `--vary` asks for a different
 path with a different cookie each time.
 
-    python bench/edge.py [--cpus one|two] [--pairs 8] [--secs 2] [--log off|on] [--vary] [--check RATIO]
+    python bench/edge.py [--cpus one|two] [--pairs 8] [--secs 2] [--log off|on] [--vary] [--function] [--check RATIO]
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aether.edge.functions import FunctionTable
+    from aether.functions.ledger import InvocationLedger
 
 ROOT = Path(__file__).resolve().parent.parent
 PROXY_CPU = 0
 LOAD_CPU = {"one": 0, "two": 1}
 BODY = "hello from an app\n"
+FUNCTION_PATH = "/functions/hello/"
+FUNCTION_ID = "019a5f7e-0000-7000-8000-000000000001"
 
 NGINX = """
 worker_processes 1;
@@ -60,8 +67,8 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         server_name hello.localhost;
-        location / {{
-            proxy_pass http://app;
+        location {location} {{
+            proxy_pass http://app/;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_set_header Host $host;
@@ -112,7 +119,7 @@ http {{
 def main() -> int:
     options = _arguments()
     if options.serve is not None:
-        _serve(options.serve, options.upstreams, options.log)
+        _serve(options.serve, options.upstreams, options.log, options.function)
         return 0
     missing = [tool for tool in ("wrk", "nginx", "taskset") if shutil.which(tool) is None]
     if missing:
@@ -121,11 +128,12 @@ def main() -> int:
     result = _compare(options)
     out = ROOT / "bench" / "out"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "edge.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / f"{result['bench']}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"edge / nginx: median {result['ratio']['median']:.3f} x "
         f"(range {result['ratio']['min']:.3f} to {result['ratio']['max']:.3f}, {options.pairs} pairs, "
-        f"{options.cpus} CPU, logging {options.log}{', varied requests' if options.vary else ''})"
+        f"{options.cpus} CPU, logging {options.log}{', varied requests' if options.vary else ''}"
+        f"{', calls of a function' if options.function else ''})"
     )
     for name in ("nginx", "edge"):
         row = result[name]
@@ -148,6 +156,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--secs", type=int, default=2)
     parser.add_argument("--cpus", choices=("one", "two"), default="one")
     parser.add_argument("--vary", action="store_true", help="a new path and cookie for every request")
+    parser.add_argument("--function", action="store_true", help="call a function instead of an app")
     parser.add_argument("--log", choices=("off", "on"), default="off", help="write an access log line per request")
     parser.add_argument("--check", type=float, help="exit 1 when the whole range lies below this ratio")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
@@ -170,6 +179,7 @@ def _compare(options: argparse.Namespace) -> dict[str, object]:
             "two": two,
             "port": nginx_port,
             "body": BODY.strip(),
+            "location": FUNCTION_PATH if options.function else "/",
             "access": "off" if log == "off" else f"{folder}/access.log combined buffer=8k",
         }
         (folder / "upstream.conf").write_text(UPSTREAM.format(**fields))
@@ -184,13 +194,14 @@ def _compare(options: argparse.Namespace) -> dict[str, object]:
             nginx = _pinned(PROXY_CPU, ["nginx", "-p", name, "-c", str(folder / "nginx.conf")])
             children.append(nginx)
             command = [sys.executable, __file__, "--serve", str(edge_port), "--log", log]
+            command += ["--function"] if options.function else []
             edge = _pinned(PROXY_CPU, [*command, "--upstreams", str(one), str(two)], cwd=name)
             children.append(edge)
             for port in (one, two, nginx_port, edge_port):
                 _wait_for(port)
             sides = {"nginx": (nginx_port, nginx.pid, upstream.pid), "edge": (edge_port, edge.pid, upstream.pid)}
             for side in sides.values():
-                _measure(load, *side, 1)
+                _measure(load, *side, 1, options.function)
             return _interleave(load, sides, options)
         finally:
             for child in children:
@@ -208,12 +219,12 @@ def _interleave(
     for number in range(pairs):
         order = ("nginx", "edge") if number % 2 == 0 else ("edge", "nginx")
         for side in order:
-            runs[side].append(_measure(load, *sides[side], secs))
+            runs[side].append(_measure(load, *sides[side], secs, options.function))
     ratios = [edge[0] / nginx[0] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
     whole = [nginx[2] / edge[2] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
     cpu = [edge[1] / nginx[1] for edge, nginx in zip(runs["edge"], runs["nginx"], strict=True)]
     result: dict[str, object] = {
-        "bench": "edge",
+        "bench": "edge-functions" if options.function else "edge",
         "pairs": pairs,
         "secs": secs,
         "cpus": options.cpus,
@@ -237,10 +248,12 @@ def _spread(values: list[float]) -> dict[str, float | list[float]]:
     return {"median": statistics.median(rounded), "min": min(rounded), "max": max(rounded), "all": rounded}
 
 
-def _measure(load: list[str], port: int, pid: int, upstream: int, secs: int) -> tuple[float, float, float]:
+def _measure(
+    load: list[str], port: int, pid: int, upstream: int, secs: int, function: bool
+) -> tuple[float, float, float]:
     """(requests per second, CPU seconds per 1,000 requests of the proxy, and of load, proxy and upstream)."""
     before, others, started = _cpu_secs(pid), _cpu_secs(upstream) + _wrk_secs(), time.monotonic()
-    command = [*load, "-d", f"{secs}s", f"http://127.0.0.1:{port}/"]
+    command = [*load, "-d", f"{secs}s", f"http://127.0.0.1:{port}{FUNCTION_PATH if function else '/'}"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     took, used = time.monotonic() - started, _cpu_secs(pid) - before
     whole = used + _cpu_secs(upstream) + _wrk_secs() - others
@@ -296,14 +309,14 @@ def _wait_for(port: int) -> None:
             return
 
 
-def _serve(port: int, upstreams: list[int], log: str) -> None:
+def _serve(port: int, upstreams: list[int], log: str, function: bool) -> None:
     """The edge as a process of its own, until SIGTERM."""
     import uvloop
 
-    uvloop.run(_edge(port, upstreams, log))
+    uvloop.run(_edge(port, upstreams, log, function))
 
 
-async def _edge(port: int, upstreams: list[int], log: str) -> None:
+async def _edge(port: int, upstreams: list[int], log: str, function: bool) -> None:
     from types import SimpleNamespace
 
     from aether.edge.access_log import AccessLog
@@ -326,8 +339,15 @@ async def _edge(port: int, upstreams: list[int], log: str) -> None:
 
     metrics = EdgeMetrics()
     table = RouteTable()
-    table.route("hello", [table.add("hello", Upstream(at)) for at in upstreams])  # pyright: ignore
+    instances = [Upstream(at) for at in upstreams]
     edge = Edge(table, EdgeOptions(), metrics.record)
+    keeping = None
+    if function:
+        table.set_api(["hello.localhost"], "none.sock")
+        edge.functions, ledger = await _functions(instances)
+        keeping = asyncio.create_task(ledger.run())
+    else:
+        table.route("hello", [table.add("hello", instance) for instance in instances])  # pyright: ignore
     access_log = AccessLog(Path("edge-access.log"))
     if log == "on":
         access_log.start()
@@ -337,8 +357,39 @@ async def _edge(port: int, upstreams: list[int], log: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     await stopped.wait()
     await edge.close(1)
+    if keeping is not None:
+        keeping.cancel()
     if log == "on":
         await access_log.close()
+
+
+async def _functions(instances: list[Any]) -> tuple[FunctionTable, InvocationLedger]:
+    """A function with these instances, whose calls are recorded in a database of its own."""
+    import sqlalchemy as sa
+
+    from aether.edge.functions import FunctionTable
+    from aether.functions.invocations import Invocations
+    from aether.functions.ledger import InvocationLedger
+    from aether.functions.ports import RouteRules, ServingInstance
+    from aether.model.function_instance import StartKind
+    from aether.stores.database.engine import Database
+
+    database = Database("sqlite+aiosqlite:///invocations.db")
+    await database.open()
+    async with database.write() as tx:
+        await tx.execute(
+            sa.text(
+                "insert into functions (id, name, owner, version, created_at, updated_at)"
+                f" values ('{FUNCTION_ID}', 'hello', 'default', 1, 1, 1)"
+            )
+        )
+    ledger = InvocationLedger(Invocations(database))
+    functions = FunctionTable()
+    functions.on_invocation = ledger.add
+    rules = RouteRules("hello", 1, 100, 30.0, 30.0, 1000)
+    serving = [ServingInstance(f"i{each.at}", 1, StartKind.WARM, each.dial) for each in instances]
+    functions.serve(FUNCTION_ID, rules, serving)
+    return functions, ledger
 
 
 if __name__ == "__main__":

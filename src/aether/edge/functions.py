@@ -21,7 +21,11 @@ from aether.functions.ports import RouteLoad, RouteRules, ServingInstance
 from aether.model.function_instance import Invocation, StartKind
 
 FUNCTIONS: Final = b"/functions/"
+RECORDS_PER_SEC: Final = 250
+"""Of one function; of what is called more often a part is recorded: failures and cold starts in any case."""
 _MAX_PATH: Final = 200
+_MAX_KNOWN: Final = 4096
+_STATUSES: Final = 1000
 _MAX_COLD: Final = 10_000
 
 
@@ -42,7 +46,9 @@ class FunctionName(str):
     route: FunctionRoute
 
     def answered(self, record: RequestRecord) -> None:
-        self.route.answered(record)
+        route = self.route
+        route.answers[record.status] += 1
+        route.answered(record)
 
 
 class FunctionBackend(EdgeBackend):
@@ -78,8 +84,8 @@ class FunctionRoute(Route):
     """Where the requests of one function go. Used from one event loop only."""
 
     __slots__ = (
-        "_cold", "_draining", "_gone", "_table", "_waiting", "concurrency", "function_id", "max_waiting", "name",
-        "timeout_secs", "version", "wait_secs",
+        "_cold", "_draining", "_gone", "_records_left", "_table", "_waiting", "answers", "concurrency", "function_id",
+        "max_waiting", "name", "timeout_secs", "version", "wait_secs",
     )  # fmt: skip
 
     def __init__(self, table: FunctionTable, function_id: str, rules: RouteRules) -> None:
@@ -88,11 +94,13 @@ class FunctionRoute(Route):
         super().__init__(label)
         self.function_id = function_id
         self._table = table
+        self.answers = table.answers
         self._waiting: dict[asyncio.Future[_Place], None] = {}
         self._draining: dict[str, FunctionBackend] = {}
         self._cold: dict[bytes, StartKind] = {}
         """How the instances came to be that requests under way have waited for."""
         self._gone = False
+        self._records_left = RECORDS_PER_SEC
         self.obey(rules)
 
     def obey(self, rules: RouteRules) -> None:
@@ -206,6 +214,10 @@ class FunctionRoute(Route):
         }
         return RouteLoad(len(self._waiting), in_flight, idle)
 
+    def refill(self) -> None:
+        """A second has passed."""
+        self._records_left = RECORDS_PER_SEC
+
     def close(self) -> None:
         """The function is gone; what is under way goes on."""
         self._gone = True
@@ -218,8 +230,15 @@ class FunctionRoute(Route):
 
     def answered(self, record: RequestRecord) -> None:
         """A request is over; on the data path."""
-        backend = record.backend
+        status = record.status
         start = self._cold.pop(record.request_id, StartKind.WARM) if self._cold else StartKind.WARM
+        if start is not StartKind.WARM:
+            self._table.started[start] = self._table.started.get(start, 0) + 1
+        elif status < 500:
+            if not self._records_left:
+                return
+            self._records_left -= 1
+        backend = record.backend
         seen = isinstance(backend, FunctionBackend)
         path = record.target
         cut = path.find(b"?")
@@ -233,7 +252,7 @@ class FunctionRoute(Route):
                 duration_ms=record.duration * 1000,
                 method=record.method.decode("ascii"),
                 path=path[: min(cut, _MAX_PATH) if cut >= 0 else _MAX_PATH].decode("ascii"),
-                status=record.status,
+                status=status,
                 start=start,
             )
         )
@@ -276,6 +295,13 @@ class FunctionTable:
     def __init__(self) -> None:
         self._routes: dict[str, FunctionRoute] = {}
         self._found: dict[bytes, FunctionRoute] = {}
+        self._known: dict[bytes, tuple[FunctionRoute | None, bytes, bytes]] = {}
+        """What `enter` has found, by target."""
+        self._refilled = 0.0
+        self.answers = [0] * _STATUSES
+        """Calls of all functions by status."""
+        self.started: dict[StartKind, int] = {}
+        """Calls that an instance was started for."""
         self._dropped: dict[str, FunctionRoute] = {}
         """Those that still have requests under way."""
         self.on_wait: Callable[[str], None] = _nothing
@@ -285,6 +311,9 @@ class FunctionTable:
 
     def enter(self, target: bytes) -> tuple[FunctionRoute | None, bytes, bytes]:
         """The route for `/functions/NAME...`, what the function is asked for, and the name."""
+        known = self._known.get(target)
+        if known is not None:
+            return known
         start = len(FUNCTIONS)
         end = target.find(b"/", start)
         mark = target.find(b"?", start, end if end >= 0 else len(target))
@@ -294,7 +323,12 @@ class FunctionTable:
             name, rest = target[start:end], target[end:]
         else:
             name, rest = target[start:], b"/"
-        return self._found.get(name), rest, name
+        found = self._found.get(name), rest, name
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        if len(target) <= _MAX_PATH:
+            self._known[target] = found
+        return found
 
     @property
     def shortest_timeout_secs(self) -> float:
@@ -306,6 +340,7 @@ class FunctionTable:
             route = self._routes[function_id] = FunctionRoute(self, function_id, rules)
             self._found[function_id.encode()] = route
             self._found[rules.name.encode()] = route
+            self._known.clear()
         else:
             route.obey(rules)
         route.serve(instances)
@@ -313,6 +348,7 @@ class FunctionTable:
     def drop(self, function_id: str) -> None:
         route = self._routes.pop(function_id, None)
         if route is not None:
+            self._known.clear()
             self._found = {name: other for name, other in self._found.items() if other is not route}
             route.close()
             self._dropped = {name: other for name, other in self._dropped.items() if other.has_requests}
@@ -332,8 +368,13 @@ class FunctionTable:
             route.fail_waiting(message, retry_after_secs)
 
     def prune(self, now: float) -> None:
-        """Close upstream connections that were unused for too long."""
+        """Close upstream connections that were unused for too long; called about every second."""
+        refill = now - self._refilled >= 1.0
+        if refill:
+            self._refilled = now
         for route in self._routes.values():
+            if refill:
+                route.refill()
             for backend in route.backends:
                 backend.prune(now)
 

@@ -10,7 +10,7 @@ import structlog
 
 from aether.functions.ports import InvocationSink
 from aether.model.errors import AetherError
-from aether.model.function_instance import Invocation, StartKind
+from aether.model.function_instance import Invocation
 
 BATCH = 500
 EVERY_SECS = 0.5
@@ -24,12 +24,8 @@ class InvocationLedger:
         self._held: deque[Invocation] = deque()
         self._some = asyncio.Event()
         self.dropped = 0
-        self.counted: dict[tuple[str, str], int] = {}
-        """Invocations by class of status and kind of start."""
 
     def add(self, invocation: Invocation) -> None:
-        key = f"{invocation.status // 100}xx", invocation.start.value
-        self.counted[key] = self.counted.get(key, 0) + 1
         if len(self._held) >= MOST:
             self.dropped += 1
             return
@@ -57,6 +53,3 @@ class InvocationLedger:
                 self._some.set()
                 _log.warning("invocations could not be recorded yet", waiting=len(self._held), error=error.message)
                 return
-
-    def cold_starts(self) -> int:
-        return sum(count for (_, start), count in self.counted.items() if start != StartKind.WARM)

@@ -267,7 +267,7 @@ async def running(
             function_engine, function_words = await stack.enter_async_context(
                 running_functions(settings, functions, edge.functions)
             )
-            metrics.registry.register(FunctionMetrics(function_engine))
+            metrics.registry.register(FunctionMetrics(function_engine, edge.functions))
         edge_metrics.counters = edge.counters
         metrics.registry.register(edge_metrics)
         if settings.access_log != "off":
