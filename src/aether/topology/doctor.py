@@ -16,6 +16,7 @@ from aether.runtimes.process.runtime import ProcessRuntime
 from aether.settings import Settings
 from aether.topology.databases import found_in
 from aether.topology.disk_use import disk_use, told
+from aether.topology.functions import lacks_for_machines
 from aether.topology.isolation import runtime_options
 from aether.topology.node import find_node_major
 from aether.topology.objects import look
@@ -37,7 +38,7 @@ def doctor(settings: Settings) -> list[Check]:
     checks = [_sandbox(asyncio.run(_probe(settings))), _data(settings.data_dir)]
     if settings.data_dir.exists():
         checks.append(Check("disk use", "ok", told(disk_use(settings.data_dir))))
-    checks += [_database(settings), _objects(settings), _node(), _python()]
+    checks += [_database(settings), _objects(settings), _functions(settings), _node(), _python()]
     return [*checks, *(Check(name, "ok", value) for name, value in settings.masked().items())]
 
 
@@ -83,6 +84,22 @@ def _data(folder: Path) -> Check:
 def _objects(settings: Settings) -> Check:
     status, found = look(settings)
     return Check("object store", status, found)
+
+
+def _functions(settings: Settings) -> Check:
+    lacks = lacks_for_machines(settings)
+    wanted = settings.function_runtime
+    if wanted == "off":
+        return Check("functions", "ok", "not run (AETHER_FUNCTION_RUNTIME=off)")
+    if wanted == "process":
+        return Check("functions", "ok", "in a sandbox each (AETHER_FUNCTION_RUNTIME=process)")
+    if wanted in ("auto", "qemu"):
+        if not lacks:
+            return Check("functions", "ok", "in a virtual machine each (QEMU)")
+        if wanted == "auto":
+            return Check("functions", "warn", f"in a sandbox each; virtual machines want {lacks}")
+        return Check("functions", "fail", f"AETHER_FUNCTION_RUNTIME=qemu, and this machine lacks {lacks}")
+    return Check("functions", "ok", f"by {wanted}")
 
 
 def _node() -> Check:
