@@ -385,3 +385,41 @@ async def test_runtimes_and_lists(world: World) -> None:
     assert [one["name"] for one in (*first["items"], *rest["items"])] == [f"f-{n}" for n in range(5)]
     assert [one["name"] for one in (await world.call("GET", "/api/functions?q=-3"))[1]["items"]] == ["f-3"]
     assert (await world.call("GET", f"/api/functions/{new_id()}"))[0] == 404
+
+
+async def test_an_upload_that_breaks_off_leaves_nothing(world: World) -> None:
+    await world.create()
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.api.port)
+    head = (
+        "POST /api/functions/hello/code HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer tok-deployer\r\n"
+        f"Content-Type: application/zip\r\nContent-Length: {len(ZIP)}\r\n\r\n"
+    )
+    writer.write(head.encode() + ZIP[:40])
+    await writer.drain()
+    folder = world.api.folder / "functions" / "code"
+    while not list(folder.iterdir()):
+        await asyncio.sleep(0.01)
+    writer.close()
+    while list(folder.iterdir()):
+        await asyncio.sleep(0.01)
+    assert reader is not None
+    assert (await world.call("GET", "/api/functions/hello"))[1]["version"] == 1
+    status, said = await world.call(
+        "POST", "/api/functions/hello/code", data=b"x", headers={"Content-Length": str(300 << 20)}
+    )
+    assert (status, said["code"]) == (413, "payload_too_large")
+
+
+async def test_what_is_run_of_the_code_can_change_with_it(world: World) -> None:
+    await world.create()
+    other = zipped(Item(b"app/main.py", b"one"))
+    path = "/api/functions/hello/code?entrypoint=app/main.py&runtime=python"
+    status, coded = await world.call("POST", path, data=other)
+    assert (status, coded["version"], coded["entrypoint"], coded["runtime"]) == (200, 2, "app/main.py", "python")
+    for query, field in (
+        ("entrypoint=/x", "entrypoint"),
+        ("runtime=cobol", "runtime"),
+        ("entrypoint=no", "entrypoint"),
+    ):
+        status, said = await world.call("POST", f"/api/functions/hello/code?{query}", data=other)
+        assert (status, said["details"]) == (400, {"field": field})

@@ -46,6 +46,7 @@ from aether.stores.keys.keyring import Keyring, Source
 from aether.stores.objects.filesystem import FilesystemObjects
 from aether.stores.objects.signing import UrlSigner, load_key
 from support.databases import everything_in
+from support.disks import filled, small_disk
 from support.served import add_app, digest_of
 from support.zips import Item, zipped
 
@@ -524,3 +525,83 @@ async def test_what_a_killed_server_left_is_swept_at_the_start(world: World) -> 
     assert world.local() == {".receiving-0", ".checking-0"}
     await world.codes.open()
     assert world.local() == set()
+
+
+async def test_the_same_code_for_many_functions_at_once_is_stored_once(world: World) -> None:
+    names = [f"f-{n}" for n in range(8)]
+    for name in names:
+        await world.catalogue.create({**FIELDS, "name": name}, OWNER, "ann")
+    assert await asyncio.gather(*(world.give(ZIP, name) for name in names)) == [2] * 8
+    assert await world.stored() == {digest_of(ZIP)}
+    assert {one.code_digest for one in await world.catalogue.current()} == {digest_of(ZIP)}
+
+
+async def test_a_sweep_beside_uploads_takes_nothing_that_is_needed(world: World, database: Database) -> None:
+    """Code comes, goes with its function, and comes again, while everything that nobody has is swept at once."""
+    sweeper = CodeSweeper(database, world.codes, world.catalogue.locks, -3600)
+    over = asyncio.Event()
+    swept = 0
+
+    async def sweep() -> None:
+        nonlocal swept
+        while not over.is_set():
+            swept += (await sweeper.sweep(dry_run=False)).deleted
+
+    async def come_and_go(name: str) -> None:
+        for _ in range(15):
+            await world.catalogue.create({**FIELDS, "name": name}, OWNER, "ann")
+            await world.give(ZIP, name)
+            assert await world.objects.size(PREFIX + digest_of(ZIP)) == len(ZIP)
+            await world.catalogue.delete(name)
+
+    sweeping = asyncio.create_task(sweep())
+    await asyncio.gather(come_and_go("one"), come_and_go("two"))
+    over.set()
+    await sweeping
+    assert swept > 0
+    await sweeper.sweep(dry_run=False)
+    assert await world.stored() == set()
+
+
+async def test_a_caller_that_leaves_during_a_fetch_ends_nobody_elses(world: World) -> None:
+    await world.catalogue.create(FIELDS, OWNER, "ann")
+    await world.give(ZIP)
+    (version,) = await world.catalogue.current()
+    (world.folder / "code" / version.code_digest).unlink()
+    first, second = (asyncio.create_task(world.catalogue.fetch(version)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).archive.read_bytes() == ZIP
+    await asyncio.gather(first, return_exceptions=True)
+    assert world.local() == {version.code_digest}
+
+
+async def test_a_full_disk_refuses_code_and_takes_it_when_there_is_room(
+    world: World, database: Database, tmp_path: Path
+) -> None:
+    await world.catalogue.create(FIELDS, OWNER, "ann")
+    noise = os.urandom(300_000)
+    packed, loose = (
+        zipped(Item(b"index.js", b"one"), Item(b"d", noise[:size], method=0)) for size in (300_000, 9_000)
+    )
+    with small_disk(tmp_path / "disk", 1) as disk:
+        codes = CodeStore(disk, world.objects)
+        await codes.open()
+        catalogue = Catalogue(database, world.vault, codes, ReleasePolicy())
+
+        async def give(data: bytes) -> None:
+            async with codes.receiving(pieces(data, 50_000)) as received:
+                await catalogue.put_code("hello", received, "ann")
+
+        try:
+            for leave, told in ((100_000, "cannot be written here"), (450_000, "cannot be unpacked here")):
+                with filled(disk, leave=leave):
+                    with pytest.raises(ServiceUnavailable, match=told):
+                        await give(packed)
+                    assert {path.name for path in disk.iterdir()} == {"ballast"}
+            await give(loose)
+            await give(packed)
+        finally:
+            await codes.close()
+    assert (await world.catalogue.get("hello")).current.number == 3
+    assert await world.stored() == {digest_of(packed), digest_of(loose)}

@@ -127,7 +127,8 @@ class CodeStore:
             path.unlink(missing_ok=True)
 
     async def check(self, received: Received, entrypoint: str) -> None:
-        """Unpack it as it will be unpacked, and look for the entrypoint. Raises BadRequest."""
+        """Unpack it as it will be unpacked, and look for the entrypoint. Raises BadRequest, and ServiceUnavailable
+        when there is no room for it."""
 
         def unpack() -> None:
             with tempfile.TemporaryDirectory(prefix=_CHECKING, dir=self._folder) as work:
@@ -146,7 +147,10 @@ class CodeStore:
                         {"field": "entrypoint"},
                     )
 
-        await asyncio.get_running_loop().run_in_executor(self._checks, unpack)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._checks, unpack)
+        except OSError as error:
+            raise ServiceUnavailable(f"the code cannot be unpacked here: {error.strerror}") from error
 
     async def keep(self, received: Received) -> None:
         """Have it in the object store, and on this machine for the first call. Whoever calls sees to it that nobody
@@ -158,7 +162,10 @@ class CodeStore:
             there = False
         if not there:
             await self.objects.put(key, self._blocks(received.path), received.size_bytes)
-        await self._run(lambda: _place(received.path, self._folder / received.digest))
+        try:
+            await self._run(lambda: _place(received.path, self._folder / received.digest))
+        except OSError as error:
+            raise ServiceUnavailable(f"the code cannot be written here: {error.strerror}") from error
 
     async def fetch(self, digest: str, form: CodeForm) -> Code:
         """The archive on this machine; a caller that goes away ends nobody else's waiting. Raises NotFound when it is
