@@ -33,7 +33,8 @@ const routes = {
     writes: Object.fromEntries(['/app/x', '/x', '/usr/bin/x', '/tmp/x', '/dev/vda', '/dev/mem'].map((path) => [path, write(path)])),
   }),
   '/metadata': async () => {
-    const token = /aether.token=(\S+)/.exec(fs.readFileSync('/proc/cmdline', 'utf8'))[1];
+    // a restored machine was not told its token where its function could read it
+    const token = (/aether.token=(\S+)/.exec(fs.readFileSync('/proc/cmdline', 'utf8')) || ['', 'unknown'])[1];
     const session = await ask('PUT', '/latest/api/token', {'X-metadata-token-ttl-seconds': '60', 'Content-Length': '0'});
     return {
       session: session[0],

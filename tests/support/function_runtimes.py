@@ -6,8 +6,10 @@ A kind that is added to `KINDS` is tested by the whole contract suite.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,6 +89,26 @@ class Qemu:
             assert item.stat().st_mode & 0o077 == 0, item
 
 
+class RestoredQemu(Qemu):
+    """Machines that go on from a snapshot; snapshots are made once per machine and kept in the cache of dev.sh."""
+
+    async def need(self, data: Path) -> None:
+        microvm.need_machines()
+        runtime = self.make(data)
+        for language, memory_mb in (("node", 128), ("python", 128), ("python", 512)):
+            assert await runtime.make_snapshot(language, 1, memory_mb)
+        await runtime.close()
+
+    def make(self, data: Path) -> QemuRuntime:
+        return QemuRuntime(
+            data, replace(microvm.options(snapshots=True), snapshots_dir=microvm.cache() / "snapshots")
+        )
+
+    def inside(self, who: Mapping[str, Any]) -> None:
+        super().inside(who)
+        assert abs(who["now"] / 1000 - time.time()) < 60
+
+
 class Firecracker(Qemu):
     async def need(self, data: Path) -> None:
         firecracker.need_firecracker()
@@ -163,7 +185,9 @@ def _is_nursery(pid: int, data: Path) -> bool:
         return False
 
 
-KINDS: dict[str, Kind] = {"qemu": Qemu(), "firecracker": Firecracker(), "process": Process()}
+KINDS: dict[str, Kind] = {
+    "qemu": Qemu(), "qemu-restored": RestoredQemu(), "firecracker": Firecracker(), "process": Process(),
+}  # fmt: skip
 
 
 def token(data: Path) -> str:

@@ -44,15 +44,17 @@ def need_machines() -> None:
         pytest.skip("component: root and /dev/net/tun")
 
 
-def options(accelerator: str = "tcg") -> QemuOptions:
-    return QemuOptions(accelerator=accelerator, kernel_root=KERNEL, guests_dir=cache() / "guests")
+def options(accelerator: str = "tcg", *, snapshots: bool = False) -> QemuOptions:
+    return QemuOptions(
+        accelerator=accelerator, kernel_root=KERNEL, guests_dir=cache() / "guests", snapshots=snapshots
+    )  # fmt: skip
 
 
 @asynccontextmanager
-async def machines(data: Path, accelerator: str = "tcg") -> AsyncIterator[QemuRuntime]:
+async def machines(data: Path, accelerator: str = "tcg", *, snapshots: bool = False) -> AsyncIterator[QemuRuntime]:
     """A runtime under `data`; when it ends, no machine of it is left."""
     need_machines()
-    runtime = QemuRuntime(data, options(accelerator))
+    runtime = QemuRuntime(data, options(accelerator, snapshots=snapshots))
     try:
         yield runtime
     finally:

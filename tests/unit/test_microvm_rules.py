@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from aether.model.errors import BadRequest
 from aether.runtimes.microvm.assignment import MAX_BYTES, encode
 from aether.runtimes.microvm.boot import KVM, TCG, kernel_arguments
+from aether.runtimes.microvm.command import command_line
 from aether.runtimes.microvm.guest.initramfs import initramfs
 from aether.runtimes.microvm.guest.kernel import depends
 from aether.runtimes.microvm.metadata import Metadata
-from aether.runtimes.microvm.qemu import command_line
 
 TTL = {"x-metadata-token-ttl-seconds": "60"}
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)

@@ -52,6 +52,15 @@ class FunctionPhase(StrEnum):
     EXITED = "exited"
 
 
+class StartKind(StrEnum):
+    """How the instance of an invocation came to be: for the invocation itself (cold, or restored from a snapshot), or
+    before it."""
+
+    WARM = "warm"
+    COLD = "cold"
+    RESTORED = "restored"
+
+
 @dataclass(frozen=True, slots=True)
 class FunctionStatus:
     """An instance as its runtime knows it; `ready_ms` is from the call of `start` until it listened."""
@@ -63,15 +72,8 @@ class FunctionStatus:
     exit: InstanceExit | None = None
     reason: str = ""
     """Why it ended, where a code or signal does not say it."""
-
-
-class StartKind(StrEnum):
-    """How the instance of an invocation came to be: for the invocation itself (cold, or restored from a snapshot), or
-    before it."""
-
-    WARM = "warm"
-    COLD = "cold"
-    RESTORED = "restored"
+    start: StartKind = StartKind.COLD
+    """How it came to be: COLD or RESTORED."""
 
 
 @dataclass(frozen=True, slots=True)

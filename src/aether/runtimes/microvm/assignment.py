@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from aether.model.errors import BadRequest
 MAX_BYTES = 51_200 - 1_024
 """What Firecracker's metadata store takes (--mmds-size-limit), less room for the document around it."""
 _MAX_WORDS = 1024
+_RANDOM_BYTES = 64
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -28,7 +30,8 @@ def encode(argv: Sequence[str], env: Mapping[str, str], *, port: int, secret: st
             raise BadRequest(f"the variable {name} holds a zero byte")
     if not argv or max(len(argv), len(env)) > _MAX_WORDS:
         raise BadRequest(f"a function takes 1 to {_MAX_WORDS} arguments and at most {_MAX_WORDS} variables")
-    records = ["v=1", f"s={secret}", f"t={time_ns}", f"p={port}", *(f"a={word}" for word in argv)]
+    records = ["v=1", f"s={secret}", f"r={secrets.token_hex(_RANDOM_BYTES)}"]
+    records += [f"t={time_ns}", f"p={port}", *(f"a={word}" for word in argv)]
     records += [f"e={name}={value}" for name, value in env.items()]
     body = b64encode(b"".join(record.encode("utf-8", "surrogateescape") + b"\0" for record in [*records, "z="]))
     if len(body) > MAX_BYTES:

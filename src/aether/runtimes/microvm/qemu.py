@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aether.model.errors import Conflict, NotFound, ServiceUnavailable
 from aether.model.function_instance import Code, FunctionSpec, FunctionStatus
 from aether.model.instance import InstanceExit, LogRecord
+from aether.runtimes.locks import locked
 from aether.runtimes.microvm import leftovers
 from aether.runtimes.microvm.acceleration import choose
 from aether.runtimes.microvm.assignment import encode
-from aether.runtimes.microvm.boot import MACHINE, Accelerator, kernel_arguments, processor
+from aether.runtimes.microvm.boot import Accelerator, kernel_arguments
+from aether.runtimes.microvm.command import command_line, making_command_line, restoring_command_line
 from aether.runtimes.microvm.console import read_log
 from aether.runtimes.microvm.guest.store import Guest, GuestStore
 from aether.runtimes.microvm.images import ImageStore
-from aether.runtimes.microvm.machine import Launch, Machine, how
+from aether.runtimes.microvm.machine import Launch, Machine, Restore, how
 from aether.runtimes.microvm.metadata import Metadata
-from aether.runtimes.microvm.network import GUEST_MAC
+from aether.runtimes.microvm.qmp import MonitorError
+from aether.runtimes.microvm.snapshot_making import Making, make_snapshot
+from aether.runtimes.microvm.snapshots import Snapshot, SnapshotLimits, SnapshotStore, snapshot_key
 from aether.runtimes.rules import check_name, check_spec
 
 FIRST_UID = 260_000
@@ -32,48 +37,50 @@ FIRST_UID = 260_000
 PROGRAM = "qemu-system-x86_64"
 _MAX_MACHINES = 10_000
 _LOG_TAIL = 20
+_MAKER = ".snapshot-"
+"""Labels of makers begin so, which no instance's id does."""
+_RESTORE_SECS = 20.0
+"""A restored guest that has not called within this time is given up for a booted one."""
+_MAX_REFUSED = 3
+"""Snapshots that were of no use before no more are tried, until the server is started again."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class QemuOptions:
     """`accelerator`: auto (KVM if a probe that boots says so, else TCG), kvm or tcg. `kernel_root`: see
-    `find_kernel`. `guests_dir` is where guests are kept, if not in the data folder."""
+    `find_kernel`. `guests_dir` is where guests are kept, if not in the data folder. `snapshots`: whether machines go
+    on from one, where there is one, and one is made where there is none; at most `snapshot_limits` are kept, in the
+    data folder or `snapshots_dir`."""
 
     accelerator: str = "auto"
     kernel_root: Path = Path("/")
     guests_dir: Path | None = None
+    snapshots: bool = True
+    snapshots_dir: Path | None = None
+    snapshot_limits: SnapshotLimits = field(default_factory=SnapshotLimits)
 
 
-def command_line(
-    program: str, name: str, accelerator: Accelerator, memory_mb: int, vcpus: int, arguments: str,
-    files: Sequence[int], tap: int,
-) -> list[str]:  # fmt: skip
-    """QEMU's command line; `files` are descriptors of kernel, initramfs, root file system and code."""
-    kernel, initramfs, root, code = files
-    drive = "driver=file,read-only=on,locking=off,filename=/dev/fdset"
-    # the last transport is found first and becomes vda; the first is left out, its interrupt reaches no guest
-    return [
-        program,
-        *("-name", name),
-        *("-machine", MACHINE),
-        *processor(accelerator),
-        *("-m", str(memory_mb), "-smp", str(vcpus)),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}", "-append", arguments),
-        *("-serial", "stdio"),
-        *("-global", "virtio-mmio.force-legacy=false"),
-        *("-add-fd", f"fd={root},set=1", "-blockdev", f"{drive}/1,node-name=root"),
-        *("-add-fd", f"fd={code},set=2", "-blockdev", f"{drive}/2,node-name=code"),
-        *("-device", "virtio-blk-device,drive=root,bus=virtio-mmio-bus.3"),
-        *("-device", "virtio-blk-device,drive=code,bus=virtio-mmio-bus.2"),
-        *("-netdev", f"tap,id=net,fd={tap}"),
-        *("-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC},bus=virtio-mmio-bus.1"),
-    ]
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a machine is made of, however it starts."""
+
+    guest: Guest
+    accelerator: Accelerator
+    vcpus: int
+    memory_mb: int
+
+
+class _NotRestored(Exception):
+    """A machine did not go on from its snapshot; `damaged` when that will not become better."""
+
+    def __init__(self, reason: str, *, damaged: bool) -> None:
+        super().__init__(reason)
+        self.damaged = damaged
 
 
 class QemuRuntime:
-    """Implements `FunctionRuntime`. Folders: `<data>/guests`, `<data>/images`, `<data>/logs`, mode 0700."""
+    """Implements `FunctionRuntime`. Folders in `<data>`, mode 0700: guests, images, snapshots, logs."""
 
     def __init__(self, data_dir: Path, options: QemuOptions | None = None) -> None:
         self._data = Path(os.path.abspath(data_dir))
@@ -87,6 +94,12 @@ class QemuRuntime:
         self._machines: dict[str, tuple[Machine, asyncio.Task[None], int]] = {}
         self._accelerator: Accelerator | None = None
         self._choosing = asyncio.Lock()
+        self._snapshots = SnapshotStore(
+            self._options.snapshots_dir or self._data / "snapshots", self._options.snapshot_limits
+        )
+        self._making: dict[str, asyncio.Task[None]] = {}
+        self._one_maker = asyncio.Lock()
+        self._refused: dict[str, int] = {}
 
     async def prepare(self, runtime: str, code: Code) -> None:
         await asyncio.gather(self._guests.guest(runtime), self._images.image(code), self.accelerator())
@@ -103,24 +116,68 @@ class QemuRuntime:
 
     async def start(self, spec: FunctionSpec) -> None:
         check_spec(spec)
-        if spec.instance_id in self._machines:
-            raise Conflict(f"there is an instance {spec.instance_id} already")
+        began = time.monotonic()
+        self._check_free(spec.instance_id)
         guest, image, accelerator = await asyncio.gather(
             self._guests.guest(spec.runtime), self._images.image(spec.code), self.accelerator()
         )
-        if spec.instance_id in self._machines:
-            raise Conflict(f"there is an instance {spec.instance_id} already")
+        plan = _Plan(guest, accelerator, spec.vcpus, spec.memory_mb)
+        key = await asyncio.to_thread(self._key, plan) if self._options.snapshots else ""
+        if key and (snapshot := await self._found(key)) is not None:
+            try:
+                await self._start(spec, plan, image.path, began, snapshot)
+                return
+            except _NotRestored as error:
+                _log.warning("an instance is booted as it was not restored", extra={"reason": str(error)})
+                if error.damaged:
+                    self._refused[key] = self._refused.get(key, 0) + 1
+                    await self._snapshots.discard(key)
+        await self._start(spec, plan, image.path, began, None)
+        if key:
+            self._make_snapshot(key, plan)
+
+    def _check_free(self, instance_id: str) -> None:
+        if instance_id in self._machines:
+            raise Conflict(f"there is an instance {instance_id} already")
+
+    async def _start(
+        self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, snapshot: Snapshot | None
+    ) -> None:
+        """Start a machine, from `snapshot` if there is one, and return when its function listens.
+
+        Raises _NotRestored when it did not get as far as to ask what to run."""
+        self._check_free(spec.instance_id)
         slot = self._free_slot()
-        machine = self._machine(spec, guest, image.path, accelerator, slot)
+        machine = self._machine(spec, plan, image, slot, snapshot)
+        machine.began = began
         task = asyncio.create_task(machine.run())
         self._machines[spec.instance_id] = (machine, task, slot)
         try:
+            if snapshot is not None:
+                await self._until_restored(machine, task)
             await self._until_ready(machine, task)
         except BaseException:
             task.cancel()
             await asyncio.wait([task])
-            del self._machines[spec.instance_id]
+            if self._machines.get(spec.instance_id, (None,))[0] is machine:
+                del self._machines[spec.instance_id]
             raise
+
+    async def make_snapshot(self, runtime: str, vcpus: int = 1, memory_mb: int = 128) -> bool:
+        """Have what such instances go on from, made now if there is none; whether there is. Raises what `start` does
+        for what is missing on this machine."""
+        guest, accelerator = await asyncio.gather(self._guests.guest(runtime), self.accelerator())
+        plan = _Plan(guest, accelerator, vcpus, memory_mb)
+        key = await asyncio.to_thread(self._key, plan)
+        if not self._snapshots.stored(key):
+            self._make_snapshot(key, plan)
+            await self.settle()
+        return self._snapshots.stored(key)
+
+    async def settle(self) -> None:
+        """Return when no snapshot is being made that was begun because of a start."""
+        while self._making:
+            await asyncio.wait(list(self._making.values()))
 
     async def connect(self, instance_id: str) -> socket.socket:
         return await self._held(instance_id).connect()
@@ -149,21 +206,23 @@ class QemuRuntime:
         return await asyncio.to_thread(read_log, self._log(instance_id), tail)
 
     async def sweep(self) -> Sequence[str]:
-        found = await asyncio.to_thread(leftovers.end, self._scope, set(self._machines))
-        await asyncio.to_thread(self._images.sweep)
-        await asyncio.to_thread(self._guests.sweep)
-        return found
+        spare = {*self._machines, *(f"{_MAKER}{key}" for key in self._making)}
+        found = await asyncio.to_thread(leftovers.end, self._scope, spare)
+        for store in (self._images, self._guests, self._snapshots):
+            await asyncio.to_thread(store.sweep)
+        return [name for name in found if not name.startswith(_MAKER)]
 
     async def close(self) -> None:
-        tasks = [task for _, task, _ in self._machines.values()]
+        tasks = [*(task for _, task, _ in self._machines.values()), *self._making.values()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
         self._machines.clear()
 
-    def _machine(self, spec: FunctionSpec, guest: Guest, image: Path, accelerator: Accelerator, slot: int) -> Machine:
+    def _machine(self, spec: FunctionSpec, plan: _Plan, image: Path, slot: int, snapshot: Snapshot | None) -> Machine:
         token, secret = secrets.token_hex(32), secrets.token_hex(32)
+        guest = plan.guest
         env = {**dict(guest.env), **spec.env, "PORT": str(spec.port)}
         argv = (*guest.command, spec.entrypoint)
 
@@ -171,24 +230,100 @@ class QemuRuntime:
             return encode(argv, env, port=spec.port, secret=secret, time_ns=time.time_ns())
 
         assignment()  # what cannot be told is refused before anything is started
-        path, name = program(), leftovers.label(self._scope, spec.instance_id)
-        arguments = kernel_arguments(accelerator, f"aether.token={token}")
-        launch = Launch(
-            files=(guest.kernel, guest.initramfs, guest.rootfs, image),
-            command=lambda files, tap: command_line(
-                path, name, accelerator, spec.memory_mb, spec.vcpus, arguments, files, tap
-            ),
-            user=FIRST_UID + slot if os.geteuid() == 0 else None,
-        )
+        what = self._what(spec.instance_id, plan)
+        user = FIRST_UID + slot if os.geteuid() == 0 else None
+        if snapshot is None:
+            arguments = kernel_arguments(plan.accelerator, f"aether.token={token}")
+            launch = Launch(
+                files=(guest.kernel, guest.initramfs, guest.rootfs, image),
+                command=lambda files, tap: command_line(*what, arguments, files, tap),
+                user=user,
+            )
+        else:
+            launch = Launch(
+                files=(guest.rootfs, image),
+                command=lambda files, tap: restoring_command_line(*what, files, tap),
+                user=user,
+                restore=Restore(snapshot, token),
+            )
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Machine(spec, self._log(spec.instance_id), launch, Metadata(token, assignment), secret)
+
+    def _what(self, name: str, plan: _Plan) -> tuple[str, str, Accelerator, int, int]:
+        return program(), leftovers.label(self._scope, name), plan.accelerator, plan.memory_mb, plan.vcpus
+
+    def _key(self, plan: _Plan) -> str:
+        return snapshot_key(plan.guest, plan.vcpus, plan.memory_mb, plan.accelerator, program())
+
+    async def _found(self, key: str) -> Snapshot | None:
+        try:
+            return await self._snapshots.find(key)
+        except OSError as error:
+            _log.warning("a snapshot cannot be read", extra={"reason": str(error)})
+            return None
+
+    def _make_snapshot(self, key: str, plan: _Plan) -> None:
+        """Have a snapshot made, unless that is under way or was in vain."""
+        if key not in self._making and self._refused.get(key, 0) < _MAX_REFUSED:
+            task = asyncio.create_task(self._make(key, plan))
+            self._making[key] = task
+            task.add_done_callback(lambda _: self._making.pop(key, None))
+
+    async def _make(self, key: str, plan: _Plan) -> None:
+        async with self._one_maker:
+            with locked(self._snapshots.lock(key), wait=False) as held:
+                if not held:
+                    return  # another process makes it
+                try:
+                    if not self._snapshots.stored(key):
+                        await self._make_now(key, plan)
+                except (MonitorError, ServiceUnavailable, TimeoutError, OSError) as error:
+                    self._refused[key] = self._refused.get(key, 0) + 1
+                    _log.warning("a snapshot was not made", extra={"reason": str(error)})
+                finally:
+                    self._snapshots.lock(key).unlink(missing_ok=True)
+
+    async def _make_now(self, key: str, plan: _Plan) -> None:
+        memory, state = await make_snapshot(self._maker(key, plan))
+        try:
+            await self._snapshots.keep(key, memory, state)
+        finally:
+            os.close(memory)
+            os.close(state)
+
+    def _maker(self, key: str, plan: _Plan) -> Making:
+        guest = plan.guest
+        what = self._what(f"{_MAKER}{key}", plan)
+        arguments = kernel_arguments(plan.accelerator, f"aether.snapshot={','.join(guest.rehearsal)}")
+        return Making(
+            files=(guest.kernel, guest.initramfs, guest.rootfs, guest.rootfs),
+            command=lambda files, tap: making_command_line(*what, arguments, files, tap),
+            user=FIRST_UID + _MAX_MACHINES if os.geteuid() == 0 else None,
+            memory_mb=plan.memory_mb,
+        )
+
+    async def _until_restored(self, machine: Machine, task: asyncio.Task[None]) -> None:
+        up = asyncio.create_task(machine.up.wait())
+        try:
+            limit = min(_RESTORE_SECS, machine.spec.ready_secs / 2)
+            await asyncio.wait([up, task], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up.cancel()
+        if machine.up.is_set() or machine.stopping:
+            return
+        if not task.done():
+            raise _NotRestored(f"it did not go on within {limit:g} seconds", damaged=False)
+        if not task.cancelled() and isinstance(error := task.exception(), ServiceUnavailable):
+            raise error
+        raise _NotRestored(machine.refusal or "its machine ended", damaged=True)
 
     async def _until_ready(self, machine: Machine, task: asyncio.Task[None]) -> None:
         """Return when the function listens. Raises ServiceUnavailable with the end of the log when it will not."""
         spec = machine.spec
         ready = asyncio.create_task(machine.ready.wait())
         try:
-            await asyncio.wait([ready, task], timeout=spec.ready_secs, return_when=asyncio.FIRST_COMPLETED)
+            left = max(machine.began + spec.ready_secs - time.monotonic(), 0.0)
+            await asyncio.wait([ready, task], timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ready.cancel()
         if machine.ready.is_set():

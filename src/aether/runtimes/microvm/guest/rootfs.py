@@ -29,6 +29,30 @@ _ETC = {
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     "os-release": 'NAME="Aether guest"\nID=aether\n',
 }
+REHEARSALS = {
+    "node": (
+        "usr/lib/aether/rehearsal.js",
+        """const http = require("http"), path = "/tmp/rehearsal";
+const server = http.createServer((request, response) => response.end("x"));
+server.listen(path, () => http.get({socketPath: path, agent: false}, (response) => {
+  response.resume();
+  response.on("end", () => server.close());
+}));
+""",
+    ),
+    "python": (
+        "usr/lib/aether/rehearsal.py",
+        """import asyncio, http.server, json, socket, ssl, threading
+here, there = socket.socketpair()
+there.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+http.server.BaseHTTPRequestHandler.log_message = lambda *_: None
+http.server.BaseHTTPRequestHandler(here, ("", 0), None)
+""",
+    ),
+}
+"""What a guest runs before a snapshot of it is made, and where that lies: what most functions do first, but no
+connection, for which the kernel would draw secrets that all clones had in common."""
+
 _LIBRARY = re.compile(r"(?:=> |^\s+)(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 _LEFT_OUT = {
     *("__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"),
@@ -52,6 +76,9 @@ def make_tree(runtime: str, tree: Path) -> None:
         (tree / "etc" / name).write_text(text)
     # a machine's own answer of the resolver would say where it stands; a guest with a way out is told by its host
     (tree / "etc" / "resolv.conf").write_text("")
+    path, text = REHEARSALS[runtime]
+    (tree / path).parent.mkdir()
+    (tree / path).write_text(text)
     if runtime == "node":
         program = node_program()
         _copy(program, tree / "usr/bin/node")

@@ -15,7 +15,7 @@ from aether.runtimes.locks import LOCK, PART, locked, sweep_parts
 from aether.runtimes.microvm.guest import initramfs, kernel, rootfs
 from aether.runtimes.microvm.images import BUILDER, make_image
 
-VERSION = "2"
+VERSION = "4"
 """Part of every key: change it whenever the same sources would give another guest."""
 
 
@@ -31,6 +31,8 @@ class Guest:
     rootfs: Path
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
+    rehearsal: tuple[str, ...]
+    """Run once before a snapshot is made: what starts later finds its files in memory."""
 
 
 _COMMANDS = {
@@ -91,6 +93,7 @@ class GuestStore:
             rootfs=self._part(f"{runtime}.sqfs", rootfs.sources(runtime), 0o600, lambda work: _rootfs(runtime, work)),
             command=_COMMANDS[runtime],
             env=_ENV + _MORE_ENV[runtime],
+            rehearsal=(*_COMMANDS[runtime], f"/{rootfs.REHEARSALS[runtime][0]}"),
         )
 
     def _base(self) -> tuple[Path, Path]:

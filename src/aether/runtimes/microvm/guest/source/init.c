@@ -137,7 +137,7 @@ static void tell(int control, const char *format, ...)
         die("the line to the host is broken: %s", strerror(errno));
 }
 
-static void become_function(const struct assignment *work)
+void become_function(const struct assignment *work)
 {
     struct rlimit processes = {MAX_PROCESSES, MAX_PROCESSES}, none = {0, 0};
     sigset_t all;
@@ -244,9 +244,19 @@ int main(void)
         end_machine();
     }
     keep_working_set();
-    enter_root();
+    const char *command = parameter("snapshot"), *token = command ? NULL : parameter("token");
+    enter_root(!command);
     start_network();
-    fetch_assignment(&work);
+    if (fchown(console, GUEST_UID, GUEST_GID) != 0)
+        die("cannot hand over the console: %s", strerror(errno));
+    if (command) {
+        rehearse(command);
+        token = wait_for_token(console);
+        mount_code("/app");
+    }
+    fetch_assignment(token, &work);
+    stir(work.entropy);
+    explicit_bzero(work.entropy, strlen(work.entropy));
     struct timespec now = {.tv_sec = (time_t)(work.time_ns / 1000000000u), .tv_nsec = (long)(work.time_ns % 1000000000u)};
     if (work.time_ns && clock_settime(CLOCK_REALTIME, &now) != 0)
         die("cannot set the clock: %s", strerror(errno));
@@ -260,8 +270,6 @@ int main(void)
     int adjust = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     if (children < 0 || adjust < 0 || write(adjust, "-1000", 5) != 5)
         die("cannot prepare for the function: %s", strerror(errno));
-    if (fchown(console, GUEST_UID, GUEST_GID) != 0)
-        die("cannot hand over the console: %s", strerror(errno));
     pid_t function = fork();
     if (function < 0)
         die("cannot start the function: %s", strerror(errno));

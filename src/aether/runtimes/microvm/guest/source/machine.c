@@ -94,16 +94,23 @@ void keep_working_set(void)
     mount_or_die("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     set("/sys/kernel/mm/lru_gen/enabled", "y");
     set("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000");
-    if (umount("/sys") != 0)
+    if (parameter("snapshot"))
+        detach_code();
+    if (umount2("/sys", MNT_DETACH) != 0)
         die("cannot unmount /sys: %s", strerror(errno));
 }
 
-/* The runtime's file system becomes /, with the code at /app; both read-only and shared with other machines. */
-void enter_root(void)
+void mount_code(const char *target)
 {
-    const unsigned long plain = MS_RDONLY | MS_NOSUID | MS_NODEV;
-    mount_or_die("/dev/vda", "/system", "squashfs", plain, NULL);
-    mount_or_die("/dev/vdb", "/system/app", "squashfs", plain, NULL);
+    mount_or_die("/dev/vdb", target, "squashfs", MS_RDONLY | MS_NOSUID | MS_NODEV, NULL);
+}
+
+/* The runtime's file system becomes /, with the code at /app; both read-only and shared with other machines. */
+void enter_root(int with_code)
+{
+    mount_or_die("/dev/vda", "/system", "squashfs", MS_RDONLY | MS_NOSUID | MS_NODEV, NULL);
+    if (with_code)
+        mount_code("/system/app");
     mount_or_die("tmpfs", "/system/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=50%");
     mount_or_die("/dev", "/system/dev", NULL, MS_MOVE, NULL);
     mount_or_die("/proc", "/system/proc", NULL, MS_MOVE, NULL);

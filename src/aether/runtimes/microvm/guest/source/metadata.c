@@ -4,7 +4,8 @@
  * token goes with every GET. What the host has for this machine lies at /latest/aether/BOOT_TOKEN and is given once.
  * It is base64 of records that end with a zero byte, each a letter, '=' and a value:
  *
- *     v=1 (first)   s=SECRET   t=NANOSECONDS   p=PORT   a=ARGUMENT (repeated)   e=NAME=VALUE (repeated)   z= (last)
+ *     v=1 (first)   s=SECRET   r=RANDOM   t=NANOSECONDS   p=PORT   a=ARGUMENT (repeated)   e=NAME=VALUE (repeated)
+ *     z= (last)
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -98,6 +99,7 @@ static void read_records(char *at, char *end, struct assignment *found)
         switch (at[0]) {
         case 'v': break;
         case 's': found->secret = value; break;
+        case 'r': found->entropy = value; break;
         case 't': found->time_ns = strtoull(value, NULL, 10); break;
         case 'p': found->port = (unsigned)strtoul(value, NULL, 10); break;
         case 'z': whole = 1; break;
@@ -116,18 +118,17 @@ static void read_records(char *at, char *end, struct assignment *found)
         first = 0;
         at = stop + 1;
     }
-    if (!whole || !found->secret || !found->port || !arguments)
+    if (!whole || !found->secret || !found->entropy || !found->port || !arguments)
         die("the environment cannot be read: it is not whole");
 }
 
-void fetch_assignment(struct assignment *found)
+void fetch_assignment(const char *token, struct assignment *found)
 {
     static const char open[] = "PUT /latest/api/token HTTP/1.1\r\nHost: " METADATA_ADDRESS
                                "\r\nX-metadata-token-ttl-seconds: 60\r\nContent-Length: 0\r\n\r\n";
     char request[1024], session[256];
-    const char *token = parameter("token");
-    if (!token || strlen(token) < 32 || strlen(token) > 128)
-        die("there is no boot token on the kernel's command line");
+    if (!token || strlen(token) < 32 || strlen(token) > 128 || strpbrk(token, " \r\n"))
+        die("there is no boot token");
     int fd = dial(METADATA_ADDRESS, 80, ANSWER_SECONDS);
     char *given = ask(fd, open, sizeof open - 1);
     if (strlen(given) >= sizeof session || strpbrk(given, "\r\n"))
