@@ -81,6 +81,8 @@ def test_a_function_is_made_called_changed_and_deleted(up: Product, tmp_path: Pa
     assert until(up, "echo", "three")
     up.run("function", "rollback", "echo")
     assert until(up, "echo", "two")
+    up.run("team", "create", "crew")
+    assert up.run("function", "transfer", "echo", "--to", "crew").stdout == "echo belongs to crew now\n"
     versions = up.run("function", "versions", "echo", "--format", "json").json["items"]
     assert [(one["version"], one["rollback_of"]) for one in versions] == [(4, 2), (3, None), (2, None), (1, None)]
 

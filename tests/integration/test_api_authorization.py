@@ -145,6 +145,7 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
     ("GET", "/api/functions/runtimes"): ("/api/functions/runtimes", None, 401, 200, 200, 200, 200),
     ("GET", "/api/functions/{function}"): ("/api/functions/greet", None, 401, 200, 200, 404, 200),
     ("PUT", "/api/functions/{function}"): ("/api/functions/greet", {}, 401, 403, 200, 404, 200),
+    ("PATCH", "/api/functions/{function}"): ("/api/functions/greet", {"owner": "nobody"}, 401, 403, 404, 404, 404),
     ("DELETE", "/api/functions/{function}"): ("/api/functions/gone-{me}", None, 401, 403, 204, 404, 204),
     ("POST", "/api/functions/{function}/code"): ("/api/functions/greet/code", None, 401, 403, 400, 404, 400),
     ("GET", "/api/functions/{function}/versions"): ("/api/functions/greet/versions", None, 401, 200, 200, 404, 200),

@@ -294,7 +294,8 @@ async def test_others_see_nothing_and_readers_no_values(world: World) -> None:
     await world.create(env_vars={"KEY": "value-to-hide"})
     other = await add_user(world.api, "olga", Role.DEPLOYER)
     for method, path, body in (
-        ("GET", "", None), ("PUT", "", {"port": 1}), ("DELETE", "", None), ("POST", "/code", {"artifact": "0" * 64}),
+        ("GET", "", None), ("PUT", "", {"port": 1}), ("PATCH", "", {"owner": "olga"}),
+        ("DELETE", "", None), ("POST", "/code", {"artifact": "0" * 64}),
         ("GET", "/versions", None), ("POST", "/rollback", {}), ("POST", "/warm", None), ("GET", "/logs", None),
         ("GET", "/invocations", None),
     ):  # fmt: skip
@@ -356,6 +357,12 @@ async def test_a_team_with_functions_is_not_deleted(world: World) -> None:
     assert (await world.call("POST", "/api/functions", json=made, headers=ADMIN))[0] == 201
     status, said = await world.call("DELETE", "/teams/crew", headers=ADMIN)
     assert (status, "functions (hello)" in said["message"]) == (409, True)
+    status, moved = await world.call("PATCH", "/api/functions/hello", json={"owner": "default"}, headers=ADMIN)
+    assert (status, moved["owner"], moved["version"]) == (200, "default", 1)
+    assert (await world.call("GET", "/api/functions/hello"))[1]["owner"] == "default"
+    assert (await world.call("DELETE", "/teams/crew", headers=ADMIN))[0] == 204
+    for owner in ("crew", "nobody"):
+        assert (await world.call("PATCH", "/api/functions/hello", json={"owner": owner}, headers=ADMIN))[0] == 404
 
 
 async def test_a_server_without_functions_says_so(world: World) -> None:

@@ -151,6 +151,7 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/api/functions/runtimes"): Rule(_READER),
     ("GET", "/api/functions/{function}"): Rule(_READER, Owns.FUNCTION),
     ("PUT", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
+    ("PATCH", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
     ("DELETE", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
     ("POST", "/api/functions/{function}/code"): Rule(_DEPLOYER, Owns.FUNCTION),
     ("GET", "/api/functions/{function}/versions"): Rule(_READER, Owns.FUNCTION),

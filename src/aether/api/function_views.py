@@ -49,6 +49,12 @@ class CodeOfArtifact(msgspec.Struct, forbid_unknown_fields=True):
     fields: FunctionFields | None = None
 
 
+class FunctionOwner(msgspec.Struct, forbid_unknown_fields=True):
+    """A user or a team: an own team of the caller's, or for an admin anybody."""
+
+    owner: str
+
+
 class FunctionRollback(msgspec.Struct, forbid_unknown_fields=True):
     """None means the version before the current one."""
 

@@ -45,6 +45,9 @@ def configure(parser: Parser) -> None:
     _add_name(update)
     _add_fields(update, required=False)
     update.add_argument("--unset", action="append", metavar="K", help="a variable to take away")
+    transfer = parser.add_action("transfer", "give a function to another owner")
+    _add_name(transfer)
+    transfer.add_argument("--to", metavar="OWNER", required=True, help="a team of yours; for an admin any owner")
     delete = parser.add_action("delete", "end a function and delete it with its versions and records")
     _add_name(delete)
     delete.add_argument("--yes", action="store_true", help="do not ask")
@@ -103,6 +106,7 @@ def run(arguments: Arguments, context: Context) -> int:
         "create": _create,
         "show": _show,
         "update": _update,
+        "transfer": _transfer,
         "delete": _delete,
         "versions": _versions,
         "rollback": _rollback,
@@ -225,6 +229,12 @@ def _described(context: Context, one: Function) -> str:
         lines = [f"last failure, v{failed['version']} at {moment(failed['at'])}: {escape(failed['reason'])}{again}"]
         parts.append("\n".join([*lines, *(f"  | {escape(line)}" for line in failed["log"])]))
     return "\n\n".join(parts)
+
+
+def _transfer(arguments: Arguments, context: Context) -> int:
+    changed = context.api.functions.transfer(arguments.name, arguments.to)
+    context.result(changed, lambda: f"{changed['name']} belongs to {changed['owner']} now")
+    return 0
 
 
 def _delete(arguments: Arguments, context: Context) -> int:

@@ -46,6 +46,10 @@ class Functions:
         """Change the fields that `values` names."""
         return self._transport.request("PUT", _path(name), content=dict(values)).json()
 
+    def transfer(self, name: str, owner: str) -> Function:
+        """Give it to a user or a team."""
+        return self._transport.request("PATCH", _path(name), content={"owner": owner}).json()
+
     def delete(self, name: str) -> None:
         """Returns when nothing of it is left."""
         self._transport.request("DELETE", _path(name), timeout_s=DELETE_TIMEOUT_S)

@@ -214,6 +214,15 @@ class Catalogue:
             hold.check()
             return await self._change(ref, lambda _: replace(target, rollback_of=target.number), actor, always=True)
 
+    async def transfer(self, ref: str, owner: str) -> Function:
+        """Record another owner; the function goes on as it is. Raises NotFound."""
+        async with self._database.write() as tx:
+            await _hold_owner(tx, owner)
+            found = await records.find(tx, self._vault, ref, lock=True)
+            await tx.execute(sa.update(functions).where(functions.c.id == found.id).values(owner=owner))
+        _log.info("function transferred", function=found.name, owner=owner)
+        return replace(found, owner=owner)
+
     async def delete(self, ref: str) -> None:
         """Take a function away with everything of it; returns when nothing of it runs and its rows are gone. Goes on
         when the caller is cancelled. Raises NotFound."""

@@ -209,14 +209,11 @@ class Accounts:
             await tx.execute(sa.select(owners.c.name).where(owners.c.name == name).with_for_update())
             if await tx.scalar(sa.select(teams.c.id).where(teams.c.name == name).with_for_update()) is None:
                 raise NotFound(f"there is no team '{name}'")
-            for table, what, remedy in (
-                (applications, "apps", "delete them or give them to another owner first"),
-                (functions, "functions", "delete them first"),
-            ):
+            for table, what in ((applications, "apps"), (functions, "functions")):
                 query = sa.select(table.c.name).where(table.c.owner == name).order_by(table.c.name)
                 if owned := list((await tx.execute(query.limit(4))).scalars()):
                     few = ", ".join(owned[:3]) + (", ..." if len(owned) > 3 else "")
-                    raise Conflict(f"the team owns {what} ({few}): {remedy}")
+                    raise Conflict(f"the team owns {what} ({few}): delete them or give them to another owner first")
             await tx.execute(sa.delete(teams).where(teams.c.name == name))
             await tx.execute(sa.delete(owners).where(owners.c.name == name))
         self._forget()

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, Response, delete, get, post, put
+from litestar import Request, Response, delete, get, patch, post, put
 from litestar.exceptions import HTTPException
 from litestar.params import FromPath, JSONBody, QueryParameter
 
@@ -17,6 +17,7 @@ from aether.api.function_views import (
     CodeOfArtifact,
     FunctionFields,
     FunctionLogLine,
+    FunctionOwner,
     FunctionRollback,
     FunctionVersionView,
     FunctionView,
@@ -114,6 +115,17 @@ async def change_function(
     """Change fields. What changes something is a new version: instances of the old one finish and are replaced."""
     changed = await functions_of(services).catalogue.update(function, _given(data), caller.name)
     return await _view(services, changed, caller)
+
+
+@patch("/api/functions/{function:str}", tags=["functions"])
+async def give_function_away(
+    function: FromPath[str], data: JSONBody[FunctionOwner], services: Deps, caller: Caller
+) -> FunctionView:
+    """Give the function to another owner."""
+    catalogue = functions_of(services).catalogue
+    auditing.about(f"{function} to {data.owner}")
+    owner = await services.identity.accounts.owner_to_be(caller, data.owner)
+    return await _view(services, await catalogue.transfer(function, owner), caller)
 
 
 @delete("/api/functions/{function:str}", tags=["functions"])
@@ -280,6 +292,7 @@ async def _body(request: Request[Any, Any, Any], most: int) -> AsyncGenerator[by
 
 
 HANDLERS = [
-    create_function, list_functions, list_runtimes, show_function, change_function, delete_function,
+    create_function, list_functions, list_runtimes, show_function, change_function, give_function_away,
+    delete_function,
     put_function_code, list_function_versions, roll_function_back, warm_function, list_invocations, function_logs,
 ]  # fmt: skip
