@@ -27,7 +27,7 @@ from pathlib import Path
 from aether.model.function_instance import Code, CodeForm, FunctionSpec
 from aether.runtimes.interpreters import node_program
 from aether.runtimes.process.functions import ProcessFunctions
-from aether.runtimes.process.listening import Listening, listening
+from aether.runtimes.process.shim.listening import OPEN, Look
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "require('http').createServer((q, s) => s.end('hello')).listen(process.env.PORT)"
@@ -39,15 +39,17 @@ async def bare(file: Path) -> float:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    look = Look(port)
     began = time.perf_counter()
     process = subprocess.Popen([NODE, file], env={"PORT": str(port), "NODE_ENV": "production"})
     try:
-        while listening(process.pid, port) is Listening.NOT:
+        while look.now() != OPEN:
             await asyncio.sleep(LOOK_SECS)
         return (time.perf_counter() - began) * 1000
     finally:
         process.kill()
         process.wait()
+        look.close()
 
 
 async def sandboxed(runtime: ProcessFunctions, code: Code) -> float:

@@ -17,7 +17,8 @@ import pytest
 
 from aether.model.errors import ServiceUnavailable
 from aether.runtimes.process import functions, record
-from aether.runtimes.process.listening import Listening, listening
+from aether.runtimes.process.shim import listening
+from aether.runtimes.process.shim.listening import LOOPBACK, NOT, OPEN, Look
 from support import functions_main
 from support.function_runtimes import bench
 from support.microvm import code
@@ -140,30 +141,38 @@ async def test_memory_and_processors_are_limited_as_asked(tmp_path: Path) -> Non
     assert found["pids.max"] == str(functions.MAX_PROCESSES)
 
 
+@pytest.mark.parametrize("asks", [True, False], ids=["asked", "tables"])
 @pytest.mark.parametrize(
     ("family", "address", "expected"),
     [
-        (socket.AF_INET, "0.0.0.0", Listening.OPEN),
-        (socket.AF_INET, "127.0.0.1", Listening.LOOPBACK),
-        (socket.AF_INET6, "::", Listening.OPEN),
-        (socket.AF_INET6, "::1", Listening.LOOPBACK),
-        (socket.AF_INET6, "::ffff:127.0.0.1", Listening.LOOPBACK),
+        (socket.AF_INET, "0.0.0.0", OPEN),
+        (socket.AF_INET, "127.0.0.1", LOOPBACK),
+        (socket.AF_INET6, "::", OPEN),
+        (socket.AF_INET6, "::1", LOOPBACK),
+        (socket.AF_INET6, "::ffff:127.0.0.1", LOOPBACK),
     ],
     ids=["any", "loopback", "any6", "loopback6", "mapped"],
 )
-def test_the_kernel_says_who_listens_where(family: socket.AddressFamily, address: str, expected: Listening) -> None:
+def test_the_kernel_says_who_listens_where(
+    family: socket.AddressFamily, address: str, expected: bytes, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not asks:
+        monkeypatch.setattr(listening, "_answers", lambda _: False)
     try:
         made = socket.socket(family)
         made.bind((address, 0))
     except OSError:
         pytest.skip("component: IPv6")
     with made:
-        port = made.getsockname()[1]
-        assert listening(os.getpid(), port) is Listening.NOT  # bound only
+        look = Look(made.getsockname()[1])
+        if asks and not look.cheap:
+            pytest.skip("component: sock_diag")
+        assert look.cheap == asks
+        assert look.now() == NOT  # bound only
         made.listen()
-        assert listening(os.getpid(), port) is expected
-    assert listening(os.getpid(), port) is Listening.NOT
-    assert listening(0, port) is Listening.NOT
+        assert look.now() == expected
+    assert look.now() == NOT
+    look.close()
 
 
 async def test_an_interpreter_that_no_function_may_see_is_refused_with_the_remedy(

@@ -23,10 +23,9 @@ from aether.model.instance import InstanceExit, InstanceSpec, Limits, LogRecord
 from aether.runtimes.interpreters import node_program, python_program
 from aether.runtimes.microvm.assignment import encode
 from aether.runtimes.microvm.console import LOG_BYTES, read_log
-from aether.runtimes.process import egress, record
+from aether.runtimes.process import egress
 from aether.runtimes.process.egress import Egress
 from aether.runtimes.process.instance import ProcessInstance
-from aether.runtimes.process.listening import Listening, listening
 from aether.runtimes.process.report import SandboxReport
 from aether.runtimes.process.runtime import ProcessRuntime, RuntimeOptions
 from aether.runtimes.process.trees import TreeStore
@@ -39,9 +38,6 @@ MAX_PROCESSES = 256
 _LOG_RATE = 1 << 20
 """Bytes in a second; more has to wait, as in a machine's console."""
 _LOG_TAIL = 20
-_LOOK_SECS, _LOOK_LATER_SECS, _LATER_SECS = 0.003, 0.02, 2.0
-"""The kernel tells nobody that a port is listened on, so its table is looked at; less often when it takes long."""
-_HINT = "the function listens on 127.0.0.1, where nobody can reach it: let it listen on 0.0.0.0"
 _ENV: Mapping[str, Mapping[str, str]] = {
     "node": {"NODE_ENV": "production"},
     # the code is read-only, and what is printed is a log
@@ -86,6 +82,7 @@ class ProcessFunctions:
             RuntimeOptions(
                 log_bytes=LOG_BYTES,
                 log_rate=_LOG_RATE,
+                tell_listening=True,
                 egress=Egress(egress.NONE),
                 first_uid=FIRST_UID,
                 lifeline=self._lifeline,
@@ -214,21 +211,15 @@ class ProcessFunctions:
 
     async def _until_ready(self, held: _Held, kept: ProcessInstance, watch: asyncio.Task[None]) -> None:
         """Return when the function listens. Raises ServiceUnavailable with the end of the log when it will not."""
-        spec, now = held.spec, time.monotonic()
-        later, until = now + _LATER_SECS, now + spec.ready_secs
-        init, seen = 0, Listening.NOT
-        while not watch.done():
-            init = init or record.init_of(self._processes.folder(spec.instance_id))
-            found = listening(init, spec.port) if init else Listening.NOT
-            if found is Listening.OPEN:
-                held.ready_ms = (time.monotonic() - held.began) * 1000
-                return
-            if found is Listening.LOOPBACK and seen is Listening.NOT:
-                kept.note(_HINT)
-            seen, now = found, time.monotonic()
-            if now >= until:
-                break
-            await asyncio.wait([watch], timeout=min(_LOOK_SECS if now < later else _LOOK_LATER_SECS, until - now))
+        spec = held.spec
+        listens = asyncio.ensure_future(kept.listens.wait())
+        try:
+            await asyncio.wait([listens, watch], timeout=spec.ready_secs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listens.cancel()
+        if kept.listens.is_set():
+            held.ready_ms = (time.monotonic() - held.began) * 1000
+            return
         if held.exit is not None:
             reason = f"it {held.exit} before it listened on port {spec.port}"
         else:

@@ -55,6 +55,8 @@ class ProcessInstance:
         self._exit: InstanceExit | None = None
         self._settled = False
         self._watchers: set[Callable[[], None]] = set()
+        self.listens = asyncio.Event()
+        """Set once the keeper says that the port is listened on, where it was asked to."""
 
     @property
     def spec(self) -> InstanceSpec:
@@ -140,10 +142,6 @@ class ProcessInstance:
     def signal(self, number: int) -> None:
         self._say(b"signal %d" % number)
 
-    def note(self, text: str) -> None:
-        """Put a short line of Aether's own into the log."""
-        self._say(b"note " + text.encode())
-
     def _say(self, message: bytes) -> None:
         if self._events is not None:
             with suppress(OSError):  # the keeper has just left, and its command with it
@@ -182,6 +180,8 @@ class ProcessInstance:
                 message = b""
             if message == b"log":
                 self._grown()
+            elif message == b"listening open":
+                self.listens.set()
             elif message.startswith(b"exited "):
                 code, number, memory, *expired = message.decode().split()[1:]
                 self._exit = InstanceExit(

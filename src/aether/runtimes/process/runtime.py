@@ -50,7 +50,8 @@ _OPEN = Egress()
 class RuntimeOptions:
     """`sandbox`: auto, bubblewrap, or none (plain children). `log_bytes`: of one log file; one older one is kept.
     `lifeline`: the reading end of a pipe; instances are ended when its other end is closed, so when nobody has it;
-    their keepers are then forked by a nursery. `log_rate`: bytes of output taken in a second, 0 for all that come."""
+    their keepers are then forked by a nursery. `log_rate`: bytes of output taken in a second, 0 for all that come.
+    `tell_listening`: see `ProcessInstance.listens`."""
 
     sandbox: str = "auto"
     log_bytes: int = 10 * 1024 * 1024
@@ -59,6 +60,7 @@ class RuntimeOptions:
     first_uid: int = FIRST_UID
     lifeline: int = -1
     log_rate: int = 0
+    tell_listening: bool = False
 
 
 class ProcessRuntime:
@@ -96,7 +98,7 @@ class ProcessRuntime:
             task.exception()  # whoever called has it; one that gave up will not ask
 
     async def _start(self, spec: InstanceSpec) -> ProcessInstance:
-        folder = self.folder(spec.instance_id)
+        folder = self._folder(spec.instance_id)
         _check_name(spec.app)
         found = await self.probe()
         if not found.usable:
@@ -115,7 +117,7 @@ class ProcessRuntime:
 
     async def adopt(self, instance_id: str) -> ProcessInstance | None:
         async with self._only(instance_id):
-            folder = self.folder(instance_id)
+            folder = self._folder(instance_id)
             if record.Record.read(folder) is None:
                 return None
             await self._settled_start(folder)
@@ -128,7 +130,7 @@ class ProcessRuntime:
             return []
 
     async def remove(self, instance_id: str) -> None:
-        folder = self.folder(instance_id)
+        folder = self._folder(instance_id)
         async with self._only(instance_id):
             held = self._adopt(instance_id)
             if held is not None:
@@ -274,6 +276,7 @@ class ProcessRuntime:
                 log=os.fsencode(self._log(spec.instance_id, spec.app)),
                 log_bytes=self._options.log_bytes,
                 log_rate=self._options.log_rate,
+                tell_listening=self._options.tell_listening,
                 port=port,
                 slirp=os.fsencode(self._slirp),
                 refused=[str(network).encode() for network in self._options.egress.refused()],
@@ -370,7 +373,7 @@ class ProcessRuntime:
     def _adopt(self, instance_id: str) -> ProcessInstance | None:
         if (held := self._held.get(instance_id)) is not None:
             return held
-        folder = self.folder(instance_id)
+        folder = self._folder(instance_id)
         found = record.Record.read(folder)
         if found is None:
             return None
@@ -444,7 +447,7 @@ class ProcessRuntime:
                 await trial.close()
         return "" if ended.code == 0 else f"a trial sandbox {ended}: {' / '.join(said[-3:]) or 'it said nothing'}"
 
-    def folder(self, instance_id: str) -> Path:
+    def _folder(self, instance_id: str) -> Path:
         _check_name(instance_id)
         return self._instances_dir / instance_id
 

@@ -3,7 +3,7 @@
 It is a process of its own because joining a user namespace cannot be undone. On its control socket it receives
 clients; a client sends 4-byte request numbers, each answered by the number, an errno in two bytes (0: connected)
 and the connected socket. It ends when the keeper closes the control socket. Being where the instance's routes are, it
-also keeps those that refuse networks (see `routes`).
+also keeps those that refuse networks (see `routes`), and says when the instance listens where that is asked for.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import socket
 import struct
 import time
 
+from .listening import LOOPBACK, OPEN, Look
 from .routes import Follower
 
 CONNECT_SECS = 5.0
 _NS_GET_USERNS = 0xB701
 _MAX_UNDER_WAY = 512
+_LOOK_SECS, _LOOK_LATER_SECS, _LATER_SECS = 0.003, 0.02, 2.0
+"""The kernel tells nobody that a port is listened on, so it is asked; less often when it takes long."""
+_LOOK_DEARLY_SECS = 0.1
 _UNSURE = {errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETDOWN}
 """The loopback device is not up yet, or there is no IPv6: nobody listens as far as the caller is concerned."""
 
@@ -69,7 +73,9 @@ class Attempt:
 
 
 class Dialer:
-    def __init__(self, control: socket.socket, port: int, follower: Follower | None) -> None:
+    def __init__(
+        self, control: socket.socket, port: int, follower: Follower | None, *, tell_listening: bool = False
+    ) -> None:
         self._control = control
         self._port = port
         self._poll = select.epoll()
@@ -77,11 +83,14 @@ class Dialer:
         self._news = follower.register(self._poll) if follower is not None else -1
         self._clients: dict[int, socket.socket] = {}
         self._attempts: dict[int, Attempt] = {}
+        self._look = Look(port) if tell_listening else None
+        self._look_later = time.monotonic() + _LATER_SECS
+        self._told = b""
         self._poll.register(control.fileno(), select.EPOLLIN)
 
     def serve(self) -> None:
         while True:
-            for fd, _ in self._poll.poll(1.0 if self._attempts else -1):
+            for fd, _ in self._poll.poll(self._timeout()):
                 if fd == self._control.fileno():
                     if not self._accept():
                         return
@@ -91,11 +100,29 @@ class Dialer:
                     self._hear(self._follower)
                 elif fd in self._clients:
                     self._requests(self._clients[fd])
+            if self._look is not None:
+                self._tell_listening(self._look)
             now = time.monotonic()
             for fd, attempt in list(self._attempts.items()):
                 if attempt.deadline < now:
                     self._forget(fd)
                     self._answer(attempt, errno.ETIMEDOUT)
+
+    def _timeout(self) -> float:
+        if self._look is None:
+            return 1.0 if self._attempts else -1
+        if not self._look.cheap:
+            return _LOOK_DEARLY_SECS
+        return _LOOK_SECS if time.monotonic() < self._look_later else _LOOK_LATER_SECS
+
+    def _tell_listening(self, look: Look) -> None:
+        found = look.now()
+        if found in (OPEN, LOOPBACK) and found != self._told:
+            self._told = found
+            self._control.send(b"listening " + found)
+        if found == OPEN:
+            look.close()
+            self._look = None
 
     def _accept(self) -> bool:
         message, fds, _, _ = socket.recv_fds(self._control, 16, 4)

@@ -1,10 +1,10 @@
 """The keeper's loop: holds the instance's pipes, writes its log, stops and reaps it, answers on `shim.sock`.
 
 Messages on the socket (one datagram each): `status` -> `running` or `exited ...`; `subscribe` -> `log` whenever the
-log grew and `exited CODE SIGNAL OOM EXPIRED` at the end; `stop MILLISECONDS` -> `ok`; `note TEXT` puts a line of
-Aether's own into the log; `dial` hands the connection to the dialer; `attach` joins it to the standard streams of a
-run (see `console`), `window ROWS COLUMNS` and `signal N` are for such a run. The keeper's flock on `lock` says that
-it lives; `state.json` says how the instance ended.
+log grew, `listening open` or `listening loopback` where the plan asks for that, and `exited CODE SIGNAL OOM EXPIRED`
+at the end; `stop MILLISECONDS` -> `ok`; `dial` hands the connection to the dialer; `attach` joins it to the standard
+streams of a run (see `console`), `window ROWS COLUMNS` and `signal N` are for such a run. The keeper's flock on
+`lock` says that it lives; `state.json` says how the instance ended.
 
 A run is on a leash: when whoever was attached is gone, or its time is over, the keeper ends it, server or no server.
 With a lifeline (the end of a pipe that its server holds) an instance is ended when the server is gone.
@@ -34,6 +34,8 @@ LOCK = "lock"
 _READ_BYTES = 64 * 1024
 _DRAIN_SECS = 3.0
 _SHUTDOWN_SECS = 10.0
+_OPEN = b"listening open"
+_HINT = "the function listens on 127.0.0.1, where nobody can reach it: let it listen on 0.0.0.0"
 _DIALER, _EGRESS = "dialer", "egress"
 _NAMESPACES_GO_SECS = 0.1
 """The namespaces of a sandbox that ends are gone a moment before its first process is: what fails in between was not
@@ -110,6 +112,7 @@ class Keeper:
         self._deadline = 0.0
         self._wait_status: int | None = None
         self._drain_until = 0.0
+        self._listening = b""
         self._taken = 0
         self._taken_until = 0.0
         self._paused = False
@@ -454,11 +457,23 @@ class Keeper:
             message = self._dialer.recv(512)
         except OSError:
             message = b""
-        self.unwatch(self._dialer.fileno())
+        if message.startswith(b"listening "):
+            self._listens(message)
+        if not message or message == _OPEN or not self._plan.tell_listening:
+            self.unwatch(self._dialer.fileno())
+        if message.startswith(b"listening "):
+            return
         if message and message != b"up":
             self._journal.notice(f"this instance has no outgoing connections: {message.decode(errors='replace')}")
         elif message and self._plan.slirp and not self._egress_pid and self._init_handle >= 0:
             self._begin_egress()
+
+    def _listens(self, message: bytes) -> None:
+        if message != _OPEN and not self._listening:
+            self._journal.notice(_HINT)
+        self._listening = message
+        for subscriber in list(self._subscribers):
+            self._tell(subscriber, message)
 
     def _init_ended(self) -> None:
         self.unwatch(self._init_handle)
@@ -497,6 +512,8 @@ class Keeper:
         elif word == b"subscribe":
             self._subscribers.add(fd)
             self._tell(fd, b"log")
+            if self._listening:
+                self._tell(fd, self._listening)
         elif word == b"stop" and argument.isdigit():
             self._stop(int(argument) / 1000)
             self._tell(fd, b"ok")
@@ -508,8 +525,6 @@ class Keeper:
                 self._console.resize(min(int(rows), 0xFFFF), min(int(columns), 0xFFFF))
         elif word == b"signal" and argument.isdigit():
             self._signal_all(int(argument))
-        elif word == b"note":
-            self._journal.notice(argument.decode(errors="replace"))
         elif word == b"dial":
             self.unwatch(fd)  # what follows is for the dialer to read
             self._hand_over(fd)

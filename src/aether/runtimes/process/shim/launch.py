@@ -159,7 +159,7 @@ def dialer(init_pid: int, plan: Plan) -> tuple[int, socket.socket]:
                 # fail closed: what cannot be refused is not connected to anything
                 follower = None
                 os.write(keep, b"refused nothing: " + str(error).encode()[:200])
-            Dialer(socket.socket(fileno=keep), plan.port, follower).serve()
+            Dialer(socket.socket(fileno=keep), plan.port, follower, tell_listening=plan.tell_listening).serve()
             status = 0
         finally:
             os._exit(status)

@@ -20,7 +20,8 @@ class Plan:
 
     `console` is empty, PIPES or TERMINAL; `expires_ms` ends the instance after that time, 0 never; `owner` is the uid
     that may open the standard streams again by name (/dev/stdout), -1 for the keeper's own; `log_rate` is how many
-    bytes are taken for the log in a second, 0 for all that come.
+    bytes are taken for the log in a second, 0 for all that come; `tell_listening` asks for a word when `port` is
+    listened on.
     `refused` are networks without a way out; the machine's own addresses join them unless in one of `allowed`.
     """
 
@@ -46,6 +47,7 @@ class Plan:
         expires_ms: int = 0,
         owner: int = -1,
         log_rate: int = 0,
+        tell_listening: bool = False,
     ) -> None:
         self.kind = kind
         self.argv = argv
@@ -64,6 +66,7 @@ class Plan:
         self.expires_ms = expires_ms
         self.owner = owner
         self.log_rate = log_rate
+        self.tell_listening = tell_listening
         self.refused = refused
         self.allowed = allowed
 
@@ -88,6 +91,7 @@ class Plan:
             b"expires_ms=%d" % self.expires_ms,
             b"owner=%d" % self.owner,
             b"log_rate=%d" % self.log_rate,
+            b"tell_listening=%d" % self.tell_listening,
         ]
         if any(b"\0" in item for item in items):
             raise ValueError("a NUL byte can be part of no path, argument or variable")
@@ -121,6 +125,7 @@ class Plan:
             expires_ms=int(one(b"expires_ms")),
             owner=int(one(b"owner")),
             log_rate=int(one(b"log_rate")),
+            tell_listening=one(b"tell_listening") == b"1",
             refused=found.get(b"refused", []),
             allowed=found.get(b"allowed", []),
         )
