@@ -188,6 +188,12 @@ def test_deploy_ships_a_function_and_undoes_one_that_fails(up: Product, tmp_path
     assert mended["version"] == 5
     assert until(up, "shipped", "mended")
 
+    detached = up.deploy(path, "--env", "V=detached", "--detach").json
+    assert (detached["version"], detached["status"], detached["url"]) == (6, "deployed", first["url"])
+    assert until(up, "shipped", "detached")
+    said = up.run("deploy", str(path), "--env", "V=detached").stdout
+    assert said == first["url"] + "\n"
+
 
 def test_deploy_of_a_function_says_what_it_would_do(up: Product, tmp_path: Path) -> None:
     path = project(tmp_path / "planned", table="concurrency = 3\n")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from aether.api.turns import UploadTurns
 from aether.apps.vault import Vault
 from aether.functions.code import PREFIX
 from aether.functions.services import FunctionServices
@@ -430,3 +431,27 @@ async def test_what_is_run_of_the_code_can_change_with_it(world: World) -> None:
     ):
         status, said = await world.call("POST", f"/api/functions/hello/code?{query}", data=other)
         assert (status, said["details"]) == (400, {"field": field})
+
+
+async def test_a_client_that_stalls_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.create()
+    monkeypatch.setattr("aether.api.routers.functions.STALL_SECS", 0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.api.port)
+    head = (
+        "POST /api/functions/hello/code HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer tok-deployer\r\n"
+        "Content-Length: 1000\r\n\r\n"
+    )
+    writer.write(head.encode() + ZIP[:40])
+    answer = await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    assert b" 400 " in answer
+    assert list((world.api.folder / "functions" / "code").iterdir()) == []
+
+
+async def test_uploads_beyond_the_bound_are_told_to_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.create()
+    monkeypatch.setattr("aether.api.turns.TURN_SECS", 0.05)
+    world.api.services.turns = UploadTurns(1)
+    async with world.api.services.turns.one():
+        assert (await world.code(ZIP))[0] == 429
+    assert (await world.code(ZIP))[0] == 200
