@@ -13,10 +13,13 @@ import signal
 import socket
 import sys
 
+from . import dialer
 from .keeper import keep
 from .plan import Plan
 
 FDS = 5
+_LOADED = (dialer,)
+"""Keepers load it when they need it, which is once for all of them here."""
 
 
 def main() -> None:
