@@ -161,7 +161,9 @@ def another_state(data: Path) -> None:
     note.write_text(json.dumps({**told, "state": hashlib.sha256(b"QEVM" + bytes(1000)).hexdigest()}))
 
 
-async def test_a_damaged_snapshot_is_thrown_away_and_the_same_start_boots(tmp_path: Path) -> None:
+async def test_a_damaged_snapshot_is_thrown_away_and_the_same_start_boots(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     work = code(tmp_path / "in", {"index.js": NODE})
     data = tmp_path / "data"
     damages: list[Callable[[Path], None]] = [lambda data: flip(data, "memory"), another_state]
@@ -177,6 +179,7 @@ async def test_a_damaged_snapshot_is_thrown_away_and_the_same_start_boots(tmp_pa
             assert (await ask(runtime, "i1"))["now"]
             await runtime.settle()
             assert stored(data) != bad
+    assert "instance i1 was not restored and is booted: " in caplog.text
 
 
 async def test_a_clone_that_is_given_no_assignment_runs_nothing_and_is_booted_instead(

@@ -128,7 +128,7 @@ class QemuRuntime:
                 await self._start(spec, plan, image.path, began, snapshot)
                 return
             except _NotRestored as error:
-                _log.warning("an instance is booted as it was not restored", extra={"reason": str(error)})
+                _log.warning("instance %s was not restored and is booted: %s", spec.instance_id, error)
                 if error.damaged:
                     self._refused[key] = self._refused.get(key, 0) + 1
                     await self._snapshots.discard(key)
@@ -259,7 +259,7 @@ class QemuRuntime:
         try:
             return await self._snapshots.find(key)
         except OSError as error:
-            _log.warning("a snapshot cannot be read", extra={"reason": str(error)})
+            _log.warning("a snapshot cannot be read: %s", error)
             return None
 
     def _make_snapshot(self, key: str, plan: _Plan) -> None:
@@ -279,7 +279,7 @@ class QemuRuntime:
                         await self._make_now(key, plan)
                 except (MonitorError, ServiceUnavailable, TimeoutError, OSError) as error:
                     self._refused[key] = self._refused.get(key, 0) + 1
-                    _log.warning("a snapshot was not made", extra={"reason": str(error)})
+                    _log.warning("a snapshot was not made: %s", error)
                 finally:
                     self._snapshots.lock(key).unlink(missing_ok=True)
 
