@@ -291,6 +291,12 @@ cmd_bench() {
       system_packages $(microvm_packages)
       guest_kernel
     fi
+    if [ "$name" = firecracker ]; then
+      # shellcheck disable=SC2046
+      system_packages $(microvm_packages)
+      guest_kernel
+      firecracker
+    fi
     say "bench $name"
     python "bench/$name.py"
   done

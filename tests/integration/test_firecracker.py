@@ -32,15 +32,15 @@ from support.firecracker import (
     KILLED,
     PROGRAMS,
     answer,
+    boots,
     left,
     limited,
     machines,
     monitor,
     need_firecracker,
-    options,
     running,
 )
-from support.microvm import code, spec
+from support.microvm import cache, code, spec
 
 
 async def asked(runtime: FirecrackerRuntime, instance_id: str) -> list[str]:
@@ -309,14 +309,6 @@ async def test_a_server_has_it_when_told_to_and_refuses_when_it_cannot(
     await runtime.close()
 
 
-async def boots(runtime: FirecrackerRuntime) -> bool:
-    try:
-        await runtime.check_machines()
-    except ServiceUnavailable:
-        return False
-    return True
-
-
 async def test_where_guests_do_not_boot_a_start_says_so_instead_of_waiting(tmp_path: Path) -> None:
     async with machines(tmp_path / "data") as runtime:
         if await boots(runtime):
@@ -327,10 +319,12 @@ async def test_where_guests_do_not_boot_a_start_says_so_instead_of_waiting(tmp_p
         with pytest.raises(ServiceUnavailable, match="do not run by KVM here"):
             await runtime.prepare("node", work)
         assert await runtime.list() == []
-        # another process knows it too, and does not boot one to find out
-        other = FirecrackerRuntime(tmp_path / "other", options(Programs(tmp_path / "none", PROGRAMS.firecracker)))
+        # that is known for a while, and not kept: the next server asks again
+        jailed = (tmp_path / "data" / "jails" / "firecracker").stat().st_mtime_ns
         with pytest.raises(ServiceUnavailable, match="do not run by KVM here"):
-            await other.check_machines()
+            await runtime.check_machines()
+        assert (tmp_path / "data" / "jails" / "firecracker").stat().st_mtime_ns == jailed
+        assert not (cache() / "guests" / "firecracker.json").exists()
 
 
 async def test_a_function_answers(tmp_path: Path) -> None:

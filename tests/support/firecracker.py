@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from aether.model.errors import ServiceUnavailable
 from aether.model.instance import InstanceExit
 from aether.runtimes.firecracker.api import Call
 from aether.runtimes.firecracker.cgroups import Cgroups, find_cgroups, groups
@@ -38,6 +39,20 @@ def need_firecracker() -> None:
             pytest.skip("component: firecracker")
     if os.geteuid() != 0 or not all(os.access(name, os.R_OK | os.W_OK) for name in ("/dev/kvm", "/dev/net/tun")):
         pytest.skip("component: root, /dev/kvm and /dev/net/tun")
+
+
+_boots: list[bool] = []
+
+
+async def boots(runtime: FirecrackerRuntime) -> bool:
+    """Whether guests boot here; found out by the first who asks, which takes seconds where they do not."""
+    if not _boots:
+        try:
+            await runtime.check_machines()
+            _boots.append(True)
+        except ServiceUnavailable:
+            _boots.append(False)
+    return _boots[0]
 
 
 def limited() -> Cgroups:

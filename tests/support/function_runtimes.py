@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import pytest
 
 from aether.functions.ports import FunctionRuntime
-from aether.model.errors import ServiceUnavailable
 from aether.model.function_instance import Code, FunctionSpec
 from aether.runtimes.code import CodeStore
 from aether.runtimes.firecracker.jail import LABEL_FLAG
@@ -114,9 +113,8 @@ class Firecracker(Qemu):
         firecracker.need_firecracker()
         runtime = FirecrackerRuntime(data, firecracker.options())
         try:
-            await runtime.check_machines()
-        except ServiceUnavailable:
-            pytest.skip("component: a processor that Firecracker's guests boot on")
+            if not await firecracker.boots(runtime):
+                pytest.skip("component: a processor that Firecracker's guests boot on")
         finally:
             await runtime.close()
 

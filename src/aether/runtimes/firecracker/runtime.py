@@ -33,6 +33,7 @@ from aether.runtimes.rules import check_name, check_spec
 
 _LOG_TAIL = 20
 _PROBE_SECS = 5.0
+_ASK_AGAIN_SECS = 60.0
 _PROBE_SAYS = "aether-init: this machine works"
 _ARGUMENTS = "reboot=k pci=off i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd"
 """Beside those of every guest: a restart is asked of the keyboard controller, which ends the monitor, and nothing
@@ -66,23 +67,31 @@ class FirecrackerRuntime:
         self._machines: dict[str, tuple[Machine, asyncio.Task[None]]] = {}
         self._owners = Owners()
         self._users = Users()
-        self._works: bool | None = None
+        self._works = False
+        self._ask_again = 0.0
         self._asking = asyncio.Lock()
 
     async def prepare(self, runtime: str, code: Code) -> None:
         await asyncio.gather(self._guests.guest(runtime), self._images.image(code), self.check_machines())
 
     async def check_machines(self) -> None:
-        """Raises ServiceUnavailable when guests do not start here, which a guest that is booted finds out."""
+        """Raises ServiceUnavailable when guests do not start here, which a guest that is booted finds out.
+
+        That they do is kept until the host is started again; that they do not, which may have been the host's bad
+        moment, for a minute."""
         async with self._asking:
-            if self._works is None:
+            if not self._works and time.monotonic() >= self._ask_again:
                 programs = self.programs()
                 kernel, initramfs = await self._guests.base()
+                known = self._guests_dir / "firecracker.json"
                 self._works = await remembered(
-                    self._guests_dir / "firecracker.json",
+                    known,
                     (os.fspath(programs.firecracker), kernel, initramfs),
                     lambda: self._probe(kernel, initramfs),
                 )
+                if not self._works:
+                    known.unlink(missing_ok=True)
+                    self._ask_again = time.monotonic() + _ASK_AGAIN_SECS
             if not self._works:
                 raise ServiceUnavailable(
                     "Firecracker's machines do not run by KVM here: a guest that was booted to find out did not start"
