@@ -85,6 +85,8 @@ class Shelf:
     def __init__(self) -> None:
         self.versions: dict[str, FunctionVersion] = {}
         self.codes: dict[str, Code] = {}
+        self.made: dict[str, Code] = {}
+        """Code by the text of its main.py."""
 
     async def current(self) -> Sequence[FunctionVersion]:
         return list(self.versions.values())
@@ -118,8 +120,10 @@ class Functions:
 
     def put(self, text: str = SERVER, name: str = "hello", function_id: str = FUNCTION_ID, **fields: Any) -> int:
         """The next version of a function, told of at once; returns its number."""
-        made = code(self.folder / f"code-{len(self.shelf.codes)}.tgz", {"main.py": text})
-        self.shelf.codes[made.digest] = made
+        made = self.shelf.made.get(text)
+        if made is None:
+            made = code(self.folder / f"code-{len(self.shelf.made)}.tgz", {"main.py": text})
+            self.shelf.made[text] = self.shelf.codes[made.digest] = made
         before = self.shelf.versions.get(function_id)
         number = 1 if before is None else before.version + 1
         definition = define({"name": name, "runtime": "python", "entrypoint": "main.py", **fields})
@@ -185,7 +189,7 @@ class Load:
 @asynccontextmanager
 async def running_functions(
     folder: Path, *, rules: Rules = SHORT, waiting: Waiting = Waiting(30.0, 2000), start_secs: float = 20.0,
-    runtime: FunctionRuntime | None = None,
+    runtime: FunctionRuntime | None = None, worker: WorkerOptions | None = None,
 ) -> AsyncIterator[Functions]:  # fmt: skip
     """A server's functions in `folder`; nothing of them is left afterwards."""
     kv, queue = SqliteKV(folder / "kv.db"), SqliteQueue(folder / "queue.db")
@@ -204,7 +208,8 @@ async def running_functions(
         stack.push_async_callback(edge.close, 2.0)
         shelf, records = Shelf(), Records()
         limits = Limits(start_secs=math.inf, drain_secs=10.0, acknowledge_secs=5.0, stop_secs=5.0)
-        options = FunctionOptions(waiting=waiting, rules=rules, worker=WorkerOptions("local", 4, start_secs, limits))
+        worker = worker or WorkerOptions("local", 4, start_secs, limits)
+        options = FunctionOptions(waiting=waiting, rules=rules, worker=worker)
         engine = FunctionEngine(kv, queue, shelf, records, runtime, table, options)
         client = await stack.enter_async_context(
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=100))
