@@ -128,7 +128,8 @@ def main() -> None:
         for name, each in found.items()
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"rounds": given.rounds, "load_average": os.getloadavg()[0], **result}, indent=2) + "\n")
+    report = {"rounds": given.rounds, "load_average": os.getloadavg()[0], **result}
+    given.out.write_text(json.dumps(report, indent=2) + "\n")
     for name, each in result.items():
         print(f"{name:5} p50 {each['p50_ms']:7.1f} ms   {each['min_ms']:.1f}–{each['max_ms']:.1f}")
 
