@@ -73,6 +73,7 @@ async def test_a_machine_is_told_everything_in_order_and_says_so(tmp_path: Path)
         assert list(told) == [token]
         records = b64decode(told[token]).decode().split("\0")
         assert records[0] == "v=1"
+        assert [record[:2] for record in records].count("r=") == 1
         assert {"p=8123", "a=/usr/bin/node", "a=index.js", "e=A=ä\n", "e=PORT=8123", "z="} <= set(records)
         assert (await answer(machine, "/"))["state"] == "Running"
         assert (await runtime.status("i1")).phase == FunctionPhase.STARTING
