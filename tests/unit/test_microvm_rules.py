@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aether.model.errors import BadRequest
 from aether.runtimes.microvm.assignment import MAX_BYTES, encode
 from aether.runtimes.microvm.boot import KVM, TCG, kernel_arguments
-from aether.runtimes.microvm.command import command_line
+from aether.runtimes.microvm.command import command_line, making_command_line, restoring_command_line
 from aether.runtimes.microvm.guest.initramfs import initramfs
 from aether.runtimes.microvm.guest.kernel import depends
 from aether.runtimes.microvm.metadata import Metadata
@@ -80,6 +80,30 @@ def test_sessions_are_not_opened_without_a_time_elsewhere_through_proxies_or_wit
     statuses = [metadata.answer("PUT", "/latest/api/token", TTL, 0.0)[0] for _ in range(20)]
     assert statuses == [200] * 16 + [400] * 4
     assert metadata.answer("PUT", "/latest/api/token", TTL, 61.0)[0] == 200
+
+
+def test_no_two_assignments_bring_the_same_randomness() -> None:
+    found = [
+        record
+        for _ in range(2)
+        for record in b64decode(encode(["x"], {}, port=80, secret="s", time_ns=7)).decode().split("\0")
+        if record.startswith("r=")
+    ]
+    assert [len(bytes.fromhex(record[2:])) for record in found] == [64, 64]
+    assert found[0] != found[1]
+
+
+def test_a_machine_that_is_restored_is_told_nothing_on_its_command_line_and_owns_what_it_writes() -> None:
+    command = restoring_command_line("qemu", "aether-x-i1", TCG, 128, 2, (5, 6, 7, 8), 9)
+    assert not {"-kernel", "-append", "-initrd"} & set(command)
+    assert "memory-backend-file,id=memory,size=128M,mem-path=/proc/self/fd/7,share=off" in command
+    making = making_command_line("qemu", "aether-x-s", TCG, 128, 2, "words", (1, 2, 5, 6, 7, 8), 9)
+    assert "memory-backend-file,id=memory,size=128M,mem-path=/proc/self/fd/7,share=on" in making
+    # what was saved of devices fits those that it is loaded into
+    places = [[word for word in line if "virtio-mmio-bus" in word] for line in (command, making)]
+    assert places[0] == places[1]
+    assert len(places[0]) == 3
+    assert command[command.index("-cpu") + 1] == making[making.index("-cpu") + 1]
 
 
 def test_a_monitor_is_given_descriptors_and_no_secret_but_the_boot_token() -> None:

@@ -31,7 +31,7 @@ class Control:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._events: list[dict[str, Any]] = []
+        self._events: list[tuple[str, str]] = []
 
     async def __aenter__(self) -> Control:
         self._streams = await asyncio.open_unix_connection(sock=self._sock, limit=_MAX_LINE)
@@ -74,9 +74,8 @@ class Control:
         """
         seen = 0
         while True:
-            for event in self._events[seen:]:
-                status = str(event.get("data", {}).get("status", ""))
-                if event["event"] == name and (not statuses or status in statuses):
+            for event, status in self._events[seen:]:
+                if event == name and (not statuses or status in statuses):
                     return status
             seen = len(self._events)
             await self._read()
@@ -86,7 +85,7 @@ class Control:
         try:
             text = await self._streams[0].readline()
             found = json.loads(text) if text.endswith(b"\n") else None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise MonitorError(f"the monitor's answer cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise MonitorError("the monitor has hung up")
@@ -94,7 +93,9 @@ class Control:
         if "event" in message:
             if len(self._events) >= _MAX_EVENTS:
                 raise MonitorError("the monitor reports too much")
-            self._events.append(message)
+            data = message.get("data", {})
+            status = cast("dict[str, Any]", data).get("status", "") if isinstance(data, dict) else ""
+            self._events.append((str(message["event"]), str(status)))
         return message
 
 
