@@ -185,7 +185,13 @@ class Machine:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         handle = os.pidfd_open(process.pid)
-        loop.add_reader(handle, ended.set)
+
+        def over() -> None:
+            # it stays readable, and would be told of in every round of the loop
+            loop.remove_reader(handle)
+            ended.set()
+
+        loop.add_reader(handle, over)
         journal = open_log(self._log)
         console, errors = Console(journal, b"stdout"), Console(journal, b"stderr")
         try:
@@ -200,8 +206,10 @@ class Machine:
                     serving.append(tasks.create_task(self._resume(self._launch.restore)))
                 await ended.wait()
                 # by then the line has been read, too: its last word may have come just before the end
-                await console.done.wait()
-                await errors.done.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_END_SECS):
+                        await console.done.wait()
+                        await errors.done.wait()
                 for task in serving:
                     task.cancel()
         finally:
