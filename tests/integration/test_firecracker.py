@@ -313,7 +313,7 @@ async def test_a_server_has_it_when_told_to_and_refuses_when_it_cannot(
 async def test_where_guests_do_not_boot_a_start_says_so_instead_of_waiting(tmp_path: Path) -> None:
     async with machines(tmp_path / "data") as runtime:
         if await boots(runtime):
-            pytest.skip("component: a processor that Firecracker's guests do not boot on")
+            pytest.skip("unsupported: firecracker: telling of guests that do not boot, where they do")
         work = code(tmp_path / "in", FILES)
         with pytest.raises(ServiceUnavailable, match="do not run by KVM here: a guest that was booted"):
             await runtime.start(spec(work))
@@ -332,7 +332,7 @@ async def test_a_function_answers(tmp_path: Path) -> None:
     source = (Path(__file__).parents[1] / "support" / "function.js").read_text()
     async with machines(tmp_path / "data") as runtime:
         if not await boots(runtime):
-            pytest.skip("component: a processor that Firecracker's guests boot on")
+            pytest.skip("unsupported: firecracker: booting its guest on this processor")
         await runtime.start(spec(code(tmp_path / "in", {"index.js": source})))
         loop = asyncio.get_running_loop()
         with await runtime.connect("i1") as sock:

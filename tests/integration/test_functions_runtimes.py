@@ -218,6 +218,23 @@ async def test_a_start_that_takes_too_long_or_is_given_up_leaves_nothing(kind: s
         assert box.left() == []
 
 
+async def test_an_instance_can_be_stopped_at_any_moment_of_its_start(kind: str, tmp_path: Path) -> None:
+    work = code(tmp_path / "in", {"index.js": "setInterval(() => {}, 1000)"})
+    async with bench(kind, tmp_path / "data") as box:
+        await box.runtime.prepare("node", work)
+        for pause_secs in (0.0, 0.003, 0.02, 0.1, 0.4):
+            start = asyncio.create_task(box.runtime.start(box.spec(work, ready_secs=60.0)))
+            while not await box.runtime.list():
+                await asyncio.sleep(0)
+            await asyncio.sleep(pause_secs)  # the moment
+            async with asyncio.timeout(20):
+                await box.runtime.stop(box.spec(work).instance_id, 0.0)
+                with pytest.raises((ServiceUnavailable, asyncio.CancelledError)):
+                    await start
+            assert list(await box.runtime.list()) == []
+            assert box.left() == []
+
+
 async def test_a_function_that_listens_where_nobody_reaches_it_is_told_so(kind: str, tmp_path: Path) -> None:
     work = code(tmp_path / "in", {"index.js": LISTENER.replace("PORT", "PORT, '127.0.0.1'")})
     async with bench(kind, tmp_path / "data") as box:

@@ -114,7 +114,7 @@ class Firecracker(Qemu):
         runtime = FirecrackerRuntime(data, firecracker.options())
         try:
             if not await firecracker.boots(runtime):
-                pytest.skip("component: a processor that Firecracker's guests boot on")
+                pytest.skip("unsupported: firecracker: booting its guest on this processor")
         finally:
             await runtime.close()
 

@@ -128,7 +128,8 @@ class Machine:
             except asyncio.CancelledError:
                 await asyncio.wait([starting])
                 raise
-            await self._watch()
+            if not self.stopping:  # else there was nothing to end yet when it was told to
+                await self._watch()
         finally:
             self.kill()
             if self._process is not None:
