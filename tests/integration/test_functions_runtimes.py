@@ -322,6 +322,30 @@ async def test_nothing_is_left_of_what_a_killed_process_started(kind: str, tmp_p
         assert list(await box.runtime.sweep()) == []
 
 
+async def test_what_nobody_uses_any_more_is_taken_away(kind: str, tmp_path: Path) -> None:
+    used = code(tmp_path / "used", {"index.js": SERVER})
+    other = code(tmp_path / "other", {"index.js": "other"})
+    async with bench(kind, tmp_path / "data") as box:
+        await box.runtime.prepare("node", other)
+        spec = box.spec(used, env={"HOST": "127.0.0.1", "HOST_PORT": "1"})
+        await box.runtime.start(spec)
+        await box.runtime.trim(3600.0, 0)
+        kept = set(box.codes())
+        assert len(kept) == 2, "it was asked for lately"
+        await box.runtime.trim(0.0, 0)
+        assert len(box.codes()) == 1, "the code of an instance stays"
+        assert (await ask(box.runtime, spec.instance_id, "/who"))["files"]
+        assert await box.runtime.log(spec.instance_id), "and its log"
+        await box.runtime.stop(spec.instance_id, 0.0)
+        await box.runtime.trim(0.0, 1)
+        assert await box.runtime.log(spec.instance_id), "the newest logs stay"
+        await box.runtime.trim(0.0, 0)
+        assert list(await box.runtime.log(spec.instance_id)) == []
+        assert box.codes() == []
+        await box.runtime.prepare("node", used)
+        assert len(box.codes()) == 1
+
+
 async def test_code_is_unpacked_once_however_many_ask(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,11 @@ class Bench:
     def left(self) -> list[str]:
         return self.kind.left(self.data)
 
+    def codes(self) -> list[str]:
+        """What was made of code, by its names."""
+        found = [path for folder in ("code", "images") for path in (self.data / folder).glob("*")]
+        return sorted(path.name for path in found if path.suffix in ("", ".sqfs"))
+
 
 @asynccontextmanager
 async def bench(name: str, data: Path) -> AsyncIterator[Bench]:

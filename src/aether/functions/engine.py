@@ -31,6 +31,11 @@ _LEASE_SECS = 10
 _AGAIN_SECS = 1.0
 _ENDED_LOGS = 20
 """Instances that have ended and whose logs are still shown."""
+_TRIM_EVERY_SECS = 600.0
+_CODE_UNUSED_SECS = 86_400.0
+"""What was made of code is made again from its archive, which the catalogue keeps."""
+_LOGS_KEPT = 500
+"""Of ended instances, of all functions."""
 _log = structlog.stdlib.get_logger("aether.functions")
 
 
@@ -82,6 +87,7 @@ class FunctionEngine:
                 ("function preparations", self.worker.prepare()),
                 ("function invocations", self.ledger.run()),
                 ("function logs", self._remember()),
+                ("function leftovers", self._trim()),
             )
         ]
         for task in tasks:
@@ -197,6 +203,15 @@ class FunctionEngine:
             except* (AetherError, TimeoutError) as group:
                 _log.warning(f"{what} begins anew", errors=[str(error) for error in group.exceptions])
             await asyncio.sleep(_AGAIN_SECS)
+
+    async def _trim(self) -> None:
+        """Now and then, for ever: what is left of code and instances that are long gone."""
+        while True:
+            await asyncio.sleep(_TRIM_EVERY_SECS)
+            try:
+                await self._runtime.trim(_CODE_UNUSED_SECS, _LOGS_KEPT)
+            except OSError as error:
+                _log.warning("leftovers of functions could not be removed", error=str(error))
 
     async def _remember(self) -> None:
         """Keep the names of instances that have ended, for their logs."""

@@ -69,6 +69,11 @@ class FunctionRuntime(Protocol):
         """End and take away what a killed process left on this machine; returns the ids. Idempotent."""
         ...
 
+    async def trim(self, unused_secs: float, logs: int) -> None:
+        """Take away what was made of code that no instance has and nobody has asked for within `unused_secs`, and the
+        logs of ended instances but the newest `logs`. Raises OSError of the disk."""
+        ...
+
     async def close(self) -> None:
         """End every instance."""
         ...

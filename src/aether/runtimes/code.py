@@ -6,8 +6,12 @@ What it becomes (a file system image, a folder) is up to the drivers; how archiv
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,7 +20,7 @@ from aether.artifact.extract import ExtractLimits, extract
 from aether.artifact.unzip import unzip
 from aether.model.errors import BadRequest, DigestMismatch, ServiceUnavailable
 from aether.model.function_instance import Code, CodeForm
-from aether.runtimes.locks import LOCK, locked, sweep_parts
+from aether.runtimes.locks import LOCK, PART, locked, sweep_parts
 
 LIMITS = ExtractLimits(max_bytes=1 << 30, max_entries=100_000, max_ratio=200)
 _READ = 1 << 20
@@ -44,6 +48,10 @@ class CodeStore(ABC, Generic[T]):
     def _make(self, archive: Path, form: CodeForm, key: str) -> None:
         """Make it, growing in `KEY.part-…` beside it; the archive is what its digest says."""
 
+    @abstractmethod
+    def _parts(self, key: str) -> tuple[Path, ...]:
+        """What lies in the folder for `key`, that which makes it whole first."""
+
     def key(self, code: Code) -> str:
         """What is made of `code` is kept under this."""
         digest = code.digest
@@ -70,6 +78,8 @@ class CodeStore(ABC, Generic[T]):
     def made(self, code: Code, key: str) -> T:
         """As `get`. Blocks."""
         if (found := self._found(key)) is not None:
+            with suppress(OSError):  # else it counts as used when it was made
+                os.utime(self._parts(key)[0])
             return found
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = self.folder / (key + LOCK)
@@ -85,6 +95,24 @@ class CodeStore(ABC, Generic[T]):
             raise ServiceUnavailable("what was made of the code vanished while it was made")
         return found
 
+    def trim(self, unused_secs: float, held: Collection[str]) -> int:
+        """Remove what nobody has asked for within `unused_secs`, unless its key is `held`; returns how many. Blocks.
+
+        What somebody is just about to use was asked for just now."""
+        removed = 0
+        before = time.time() - unused_secs
+        for path in list(self.folder.glob("*")) if self.folder.is_dir() else []:
+            key = path.name.partition(".")[0]
+            if key in held or path.name != self._parts(key)[0].name or path.stat().st_mtime > before:
+                continue
+            with locked(self.folder / (key + LOCK)) as held_lock:
+                del held_lock
+                for part in self._parts(key):
+                    _remove(part)
+                (self.folder / (key + LOCK)).unlink(missing_ok=True)
+            removed += 1
+        return removed
+
     def sweep(self) -> int:
         """Remove what killed makers left; returns how many files and folders. Safe beside makers at work. Blocks."""
         return sweep_parts(self.folder)
@@ -93,6 +121,15 @@ class CodeStore(ABC, Generic[T]):
         del self._making[key]
         if not task.cancelled():
             task.exception()  # whoever waits has it; those that went away will not ask
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        gone = path.with_name(f"{path.name}{PART}-gone")  # what has its name is whole
+        path.rename(gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

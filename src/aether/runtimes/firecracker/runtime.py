@@ -30,6 +30,7 @@ from aether.runtimes.microvm.guest.store import Guest, GuestStore
 from aether.runtimes.microvm.images import ImageStore
 from aether.runtimes.microvm.machine import how
 from aether.runtimes.rules import check_name, check_spec
+from aether.runtimes.trimming import trim_logs
 
 _LOG_TAIL = 20
 _PROBE_SECS = 5.0
@@ -197,6 +198,11 @@ class FirecrackerRuntime:
         await asyncio.to_thread(self._images.sweep)
         await asyncio.to_thread(self._guests.sweep)
         return found
+
+    async def trim(self, unused_secs: float, logs: int) -> None:
+        codes = {self._images.key(machine.spec.code) for machine, _ in self._machines.values()}
+        await asyncio.to_thread(self._images.trim, unused_secs, codes)
+        await asyncio.to_thread(trim_logs, self._logs, set(self._machines), logs)
 
     async def close(self) -> None:
         tasks = [task for _, task in self._machines.values()]

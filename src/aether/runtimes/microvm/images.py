@@ -105,3 +105,7 @@ class ImageStore(CodeStore[Image]):
         except FileNotFoundError:
             return None
         return Image(target, digest, size)
+
+    def _parts(self, key: str) -> tuple[Path, ...]:
+        target = self.folder / (key + _SUFFIX)
+        return target, target.with_suffix(".digest")

@@ -31,6 +31,7 @@ from aether.runtimes.microvm.qmp import MonitorError
 from aether.runtimes.microvm.snapshot_making import Making, make_snapshot
 from aether.runtimes.microvm.snapshots import Snapshot, SnapshotLimits, SnapshotStore, snapshot_key
 from aether.runtimes.rules import check_name, check_spec
+from aether.runtimes.trimming import trim_logs
 
 FIRST_UID = 260_000
 """Monitors run as users from here on, one each, who own nothing."""
@@ -211,6 +212,11 @@ class QemuRuntime:
         for store in (self._images, self._guests, self._snapshots):
             await asyncio.to_thread(store.sweep)
         return [name for name in found if not name.startswith(_MAKER)]
+
+    async def trim(self, unused_secs: float, logs: int) -> None:
+        codes = {self._images.key(machine.spec.code) for machine, *_ in self._machines.values()}
+        await asyncio.to_thread(self._images.trim, unused_secs, codes)
+        await asyncio.to_thread(trim_logs, self._logs, set(self._machines), logs)
 
     async def close(self) -> None:
         tasks = [*(task for _, task, _ in self._machines.values()), *self._making.values()]

@@ -30,6 +30,7 @@ from aether.runtimes.process.report import SandboxReport
 from aether.runtimes.process.runtime import ProcessRuntime, RuntimeOptions
 from aether.runtimes.process.trees import TreeStore
 from aether.runtimes.rules import check_name, check_spec
+from aether.runtimes.trimming import trim_logs
 
 FIRST_UID = 280_000
 """Sandboxes that root makes run as users from here on, one for each function, who own nothing."""
@@ -156,6 +157,11 @@ class ProcessFunctions:
             await self._processes.remove(instance_id)
         await asyncio.to_thread(self._trees.sweep)
         return left
+
+    async def trim(self, unused_secs: float, logs: int) -> None:
+        codes = {self._trees.key(held.spec.code) for held in self._held.values()}
+        await asyncio.to_thread(self._trees.trim, unused_secs, codes)
+        await asyncio.to_thread(trim_logs, self._data / "logs", set(self._held), logs)
 
     async def close(self) -> None:
         done = await asyncio.gather(*map(self._remove, list(self._held.values())), return_exceptions=True)

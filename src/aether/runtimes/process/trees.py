@@ -29,3 +29,6 @@ class TreeStore(CodeStore[Path]):
     def _found(self, key: str) -> Path | None:
         target = self.folder / key
         return target if target.is_dir() else None
+
+    def _parts(self, key: str) -> tuple[Path, ...]:
+        return (self.folder / key,)
