@@ -367,6 +367,11 @@ class FunctionTable:
         if route is not None:
             route.fail_waiting(message, retry_after_secs)
 
+    def stop_waiting(self) -> None:
+        """The server ends: nobody is started for those who wait."""
+        for route in self._routes.values():
+            route.fail_waiting("the server is stopping", 5)
+
     def prune(self, now: float) -> None:
         """Close upstream connections that were unused for too long; called about every second."""
         refill = now - self._refilled >= 1.0

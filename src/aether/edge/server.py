@@ -105,6 +105,8 @@ class Edge:
             await door.close()
         for connection in list(self._connections):
             connection.close_if_idle()
+        if self.functions is not None:
+            self.functions.stop_waiting()
         self._all_gone, self._drained = asyncio.Event(), asyncio.Event()
         self._look_if_drained()
         with contextlib.suppress(TimeoutError):

@@ -334,6 +334,17 @@ async def test_requests_under_way_at_a_dropped_function_go_on_and_are_known(tmp_
         assert it.table.load("id-1").in_flight == {}
 
 
+async def test_a_server_that_ends_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async with functions(tmp_path) as it:
+        it.serve()
+        asked = asyncio.create_task(it.get())
+        await until(lambda: it.table.load("id-1").waiting == 1)
+        async with asyncio.timeout(10):
+            await it.edge.edge.close(60)
+        status, fields, _ = await asked
+        assert (status, fields[b"retry-after"]) == (503, b"5")
+
+
 async def test_a_thousand_first_requests_make_one_line(tmp_path: Path) -> None:
     names: Sequence[str] = [f"i{number}" for number in range(4)]
     busy = Busy()
