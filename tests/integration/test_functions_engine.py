@@ -149,6 +149,18 @@ async def test_an_instance_that_stops_listening_is_replaced(tmp_path: Path) -> N
         assert state.last_failure.reason == "stopped answering its health checks"
 
 
+async def test_an_instance_that_hangs_is_replaced(tmp_path: Path) -> None:
+    async with running_functions(tmp_path) as it:
+        await it.routed(it.put(timeout_secs=0.3, concurrency=1, max_instances=1))
+        assert await it.get() == (200, "hi")
+        (hangs,) = (await it.state()).instances
+        for _ in range(3):
+            assert (await it.get("/hang"))[0] == 504
+        assert await it.get() == (200, "hi")
+        state = await it.until(lambda state: hangs.id not in {each.id for each in state.instances})
+        assert state.last_failure is not None
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [(EXITS, "it exited with code 3 before it listened on port 3000"), (NEVER, "it did not listen on port 3000")],

@@ -50,6 +50,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name == "deaf":
             server.socket.shutdown(socket.SHUT_RDWR)  # at once, though another thread waits for it
             server.socket.close()
+        if name == "hang":
+            while True:
+                time.sleep(60)
         if name == "late":
             time.sleep(3)
         body = os.environ.get("SAY", "hi").encode()

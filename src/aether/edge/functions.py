@@ -21,6 +21,8 @@ from aether.functions.ports import RouteLoad, RouteRules, ServingInstance
 from aether.model.function_instance import Invocation, StartKind
 
 FUNCTIONS: Final = b"/functions/"
+HUNG_AFTER: Final = 3
+"""Calls in a row without an answer in their time, after which an instance is taken for hung."""
 RECORDS_PER_SEC: Final = 250
 """Of one function; of what is called more often a part is recorded: failures and cold starts in any case."""
 _MAX_PATH: Final = 200
@@ -47,14 +49,21 @@ class FunctionName(str):
 
     def answered(self, record: RequestRecord) -> None:
         route = self.route
-        route.answers[record.status] += 1
+        status = record.status
+        route.answers[status] += 1
+        backend = record.backend
+        if isinstance(backend, FunctionBackend):
+            if status == 504 and not record.upstream_secs:
+                backend.missed()
+            else:
+                backend.misses = 0
         route.answered(record)
 
 
 class FunctionBackend(EdgeBackend):
     """One instance; a place that a request leaves goes to who waits longest."""
 
-    __slots__ = ("busy_until", "fresh", "route", "start", "version")
+    __slots__ = ("busy_until", "fresh", "misses", "route", "start", "version")
 
     def __init__(self, route: FunctionRoute, instance: ServingInstance) -> None:
         super().__init__(f"{route.app}/{instance.id}", instance.dial, route.withdraw)
@@ -65,6 +74,13 @@ class FunctionBackend(EdgeBackend):
         self.fresh = True
         """It was started for those who waited when it came."""
         self.busy_until = monotonic()
+        self.misses = 0
+        """Calls in a row that it has not answered in their time."""
+
+    def missed(self) -> None:
+        self.misses += 1
+        if self.misses == HUNG_AFTER:
+            self.route.hung(self)
 
     def leave(self) -> None:
         if not self.retired and self.route.hand_over(self):
@@ -188,6 +204,13 @@ class FunctionRoute(Route):
             self._retire(backend)
             self._table.on_unreachable(self.function_id, backend.instance_id)
 
+    def hung(self, backend: FunctionBackend) -> None:
+        """It takes calls and answers none: no more of them for it."""
+        if backend in self.backends:
+            self.backends = tuple(other for other in self.backends if other is not backend)
+            self._retire(backend)
+            self._table.on_hung(self.function_id, backend.instance_id)
+
     def withdraw(self, backend: EdgeBackend) -> None:
         self.backends = tuple(other for other in self.backends if other is not backend)
 
@@ -306,6 +329,7 @@ class FunctionTable:
         """Those that still have requests under way."""
         self.on_wait: Callable[[str], None] = _nothing
         self.on_unreachable: Callable[[str, str], None] = _nothing
+        self.on_hung: Callable[[str, str], None] = _nothing
         self.on_drained: Callable[[str, str], None] = _nothing
         self.on_invocation: Callable[[Invocation], None] = _nothing
 

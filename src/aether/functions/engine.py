@@ -68,6 +68,7 @@ class FunctionEngine:
         self.scaler = Scaler(kv, queue, self.board, self.versions, router, options.rules)
         self.gateway = Gateway(options.name, kv, self.board, self.versions, router, self._reach(), options.waiting)
         self.gateway.on_suspect = lambda _function, instance: self.worker.suspect(instance)
+        self.gateway.on_hung = lambda _function, instance: self.worker.hung(instance)
         self.worker.on_cleared = self.gateway.cleared
         router.on_invocation = self.ledger.add
         self._ended: dict[str, list[str]] = {}

@@ -54,7 +54,9 @@ class Gateway:
         self.routed = asyncio.Event()
         """Routes are as the versions and the board were at some time."""
         self.on_suspect: Callable[[str, str], None] = lambda _function, _instance: None
+        self.on_hung: Callable[[str, str], None] = lambda _function, _instance: None
         router.on_unreachable = self._suspect
+        router.on_hung = self._hung
         router.on_drained = lambda _function, _instance: self._look.set()
 
     def cleared(self, instance_id: str) -> None:
@@ -86,6 +88,10 @@ class Gateway:
     def _suspect(self, function_id: str, instance_id: str) -> None:
         self._suspects[instance_id] = function_id
         self.on_suspect(function_id, instance_id)
+
+    def _hung(self, function_id: str, instance_id: str) -> None:
+        self._suspects[instance_id] = function_id
+        self.on_hung(function_id, instance_id)
 
     def _route(self) -> None:
         current = self._versions.current

@@ -58,6 +58,10 @@ class Keeping:
         if self._check is None and self._served_since is not None:
             self._check = self._own(self._listens(), "listens")
 
+    def hung(self) -> None:
+        self._deaf = True
+        self._wake.set()
+
     async def run(self) -> None:
         """Until it is gone. Cancelled, it ends the instance at once and leaves the record to the lease."""
         record, life = self._record, begun(time.monotonic())
@@ -106,7 +110,7 @@ class Keeping:
             self._gone = True
         if self._check is not None and self._check.done():
             task, self._check = self._check, None
-            self._deaf = task.cancelled() or task.exception() is not None or not task.result()
+            self._deaf = self._deaf or task.cancelled() or task.exception() is not None or not task.result()
 
     def _why(self, error: BaseException | None) -> str:
         if isinstance(error, AetherError):

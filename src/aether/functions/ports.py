@@ -181,6 +181,9 @@ class FunctionRouter(Protocol):
     """A request of this function has begun to wait."""
     on_unreachable: Callable[[str, str], None]
     """An instance of this function took no connection; it gets no requests until `serve` names it again."""
+    on_hung: Callable[[str, str], None]
+    """An instance of this function has not answered several calls in a row; it gets no more until `serve` names it
+    again."""
     on_drained: Callable[[str, str], None]
     """An instance that takes no more requests has finished its last one."""
     on_invocation: Callable[[Invocation], None]

@@ -129,6 +129,12 @@ class Worker:
         if keeping is not None:
             keeping.suspect()
 
+    def hung(self, instance_id: str) -> None:
+        """An instance of this worker takes calls and answers none: replace it."""
+        keeping = self._keeping.get(instance_id)
+        if keeping is not None:
+            keeping.hung()
+
     async def ended(self, function_id: str) -> None:
         """Return when nothing is left of the instances that it has of a function now."""
         tasks = [task for task, of in self._tasks.items() if of == function_id]

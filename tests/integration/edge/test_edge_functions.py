@@ -27,10 +27,12 @@ class Functions:
         self.table = FunctionTable()
         self.waits: list[str] = []
         self.unreachable: list[str] = []
+        self.hung: list[str] = []
         self.drained: list[str] = []
         self.invocations: list[Invocation] = []
         self.table.on_wait = self.waits.append
         self.table.on_unreachable = lambda _, name: self.unreachable.append(name)
+        self.table.on_hung = lambda _, name: self.hung.append(name)
         self.table.on_drained = lambda _, name: self.drained.append(name)
         self.table.on_invocation = self.invocations.append
         edge.edge.functions = self.table
@@ -249,6 +251,30 @@ async def test_a_function_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
         status, _, body = await it.get()
         assert (status, json.loads(body)["message"]) == (504, "the function did not answer in time")
         await until(lambda: [each.status for each in it.invocations] == [504])
+
+
+async def test_an_instance_that_answers_nothing_is_told_of_after_some_calls(tmp_path: Path) -> None:
+    async def sometimes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head, _ = await read_request(reader)
+            if head.startswith(b"GET /own"):
+                writer.write(b"HTTP/1.1 504 Gateway Timeout\r\nContent-Length: 0\r\n\r\n")
+            elif not head.startswith(b"GET /hang"):
+                writer.write(ok())
+            await writer.drain()
+
+    async with functions(tmp_path) as it, Upstream(sometimes) as upstream:
+        it.serve(PortInstance(upstream.port), timeout_secs=0.2)
+        for path in ("hang", "hang", "good", "hang", "hang", "own", "own", "own"):
+            await it.get(f"/functions/hello/{path}")
+        assert it.hung == [], "it has answered now and then, if only that something else was late"
+        for _ in range(3):
+            assert (await it.get("/functions/hello/hang"))[0] == 504
+        assert it.hung == ["i1"]
+        asked = asyncio.create_task(it.get())
+        await until(lambda: it.table.load("id-1").waiting == 1)
+        it.serve(PortInstance(upstream.port, "i2"))
+        assert (await asked)[0] == 200
 
 
 async def test_what_may_not_be_sent_twice_is_not(tmp_path: Path) -> None:
