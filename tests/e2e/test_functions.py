@@ -17,8 +17,10 @@ import pytest
 
 from aether.runtimes.microvm import leftovers
 from support.microvm import KERNEL, need_machines
+from support.product import product
 from support.server import Server, pack, wait_for
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "function"
 FUNCTION_JS = """
 const http = require('http');
 let calls = 0;
@@ -120,6 +122,20 @@ def test_a_function_in_a_microvm_from_zero_to_zero_and_back(machines: Server) ->
     assert status in (200, 202, 204)
     wait_for(lambda: running(machines) == {})
     assert calls.call()[0] == 404
+
+
+def test_two_commands_run_the_example_in_a_microvm(tmp_path: Path) -> None:
+    need_machines()
+    with product(
+        tmp_path, AETHER_FUNCTION_RUNTIME="qemu", AETHER_FUNCTION_KERNEL_ROOT=str(KERNEL),
+        AETHER_FUNCTION_START_SECS="120", AETHER_FUNCTION_WAIT_SECS="150",
+    ) as up:  # fmt: skip
+        create = ("--runtime", "node", "--entrypoint", "index.js", "--code", str(EXAMPLE))
+        done = up.run("function", "create", "greet", *create)
+        assert (done.code, done.stdout.splitlines()[0]) == (0, "created greet")
+        done = up.run("function", "invoke", "greet", "--path", "/you")
+        assert done.code == 0, done.stderr
+        assert done.stdout.startswith("hello you, from Node.js v")
 
 
 def test_what_a_killed_server_leaves_is_ended_by_the_next(machines: Server) -> None:
