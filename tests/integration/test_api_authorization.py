@@ -143,6 +143,10 @@ CALLS: dict[tuple[str, str], tuple[str, Any, int, int, int, int, int]] = {
     ),
     ("GET", "/api/functions"): ("/api/functions", None, 401, 200, 200, 200, 200),
     ("GET", "/api/functions/runtimes"): ("/api/functions/runtimes", None, 401, 200, 200, 200, 200),
+    ("POST", "/api/functions/runtimes"): (
+        "/api/functions/runtimes?name=Mine&init=/bin/run", None, 401, 403, 403, 403, 400,
+    ),
+    ("DELETE", "/api/functions/runtimes/{name}"): ("/api/functions/runtimes/none", None, 401, 403, 403, 403, 404),
     ("GET", "/api/functions/{function}"): ("/api/functions/greet", None, 401, 200, 200, 404, 200),
     ("PUT", "/api/functions/{function}"): ("/api/functions/greet", {}, 401, 403, 200, 404, 200),
     ("PATCH", "/api/functions/{function}"): ("/api/functions/greet", {"owner": "nobody"}, 401, 403, 404, 404, 404),

@@ -84,6 +84,7 @@ def _handlers() -> list[Any]:
         deployments,
         devices,
         documents,
+        function_runtimes,
         functions,
         hosts,
         legacy,
@@ -102,6 +103,6 @@ def _handlers() -> list[Any]:
     modules = (
         probes, auth_router, devices, users, audit, backup, apps, hosts, deployments, runs, logs, artifacts,
         uploads, multipart, legacy, documents, provenance, public_keys, retention,
-        functions, swagger,
+        functions, function_runtimes, swagger,
     )  # fmt: skip
     return [handler for module in modules for handler in module.HANDLERS]

@@ -149,6 +149,8 @@ ROUTES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/api/functions"): Rule(_DEPLOYER, Owns.NAMED),
     ("GET", "/api/functions"): Rule(_READER, Owns.VISIBLE),
     ("GET", "/api/functions/runtimes"): Rule(_READER),
+    ("POST", "/api/functions/runtimes"): Rule(_ADMIN),
+    ("DELETE", "/api/functions/runtimes/{name}"): Rule(_ADMIN),
     ("GET", "/api/functions/{function}"): Rule(_READER, Owns.FUNCTION),
     ("PUT", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),
     ("PATCH", "/api/functions/{function}"): Rule(_DEPLOYER, Owns.FUNCTION),

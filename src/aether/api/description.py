@@ -64,6 +64,7 @@ _RAW_BODIES: dict[tuple[str, str], dict[str, Any]] = {
         "application/gzip": _BINARY,
         "application/json": {"schema": {"$ref": "#/components/schemas/CodeOfArtifact"}},
     },
+    ("/api/functions/runtimes", "post"): {"application/octet-stream": _BINARY},
     ("/artifacts/{digest}/manifest", "post"): _DOCUMENT,
     ("/artifacts/{digest}/sbom", "post"): _DOCUMENT,
     ("/artifacts/{digest}/provenance", "post"): _DOCUMENT,

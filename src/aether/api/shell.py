@@ -38,6 +38,7 @@ OBJECTS = "/objects/"
 _CONTROL_WAIT_SECS = 10.0
 _LEGACY = ("POST", "/artifacts")
 _CODE = ("/api/functions/", "/code")
+_RUNTIMES = "/api/functions/runtimes"
 _DEPRECATED = [(b"deprecation", b"@1767225600"), (b"link", b'</artifacts/presign>; rel="successor-version"')]
 """RFC 9745 and RFC 5829: since the first of January 2026."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -96,7 +97,8 @@ class Shell:
         if (scope["method"], path) == _LEGACY:
             await self._routed(scope, receive, _deprecated(answer.send))
             return
-        if scope["method"] == "POST" and path.startswith(_CODE[0]) and path.endswith(_CODE[1]):
+        streams = path == _RUNTIMES or (path.startswith(_CODE[0]) and path.endswith(_CODE[1]))
+        if scope["method"] == "POST" and streams:
             await self._routed(scope, receive, answer.send)
             return
         limit = bodies.MAX_PUBLIC_BYTES if path in self._public else bodies.limit_of(path)

@@ -263,7 +263,7 @@ class _Reader:
             _owned(path, info)
             path.chmod(info.mode & 0o7777)
             os.utime(path, (info.mtime, info.mtime))
-        elif inside.startswith(("objects/artifacts/", "objects/functions/")):
+        elif inside.startswith(("objects/artifacts/", "objects/functions/", "objects/runtimes/")):
             path.chmod(0o400)
         return digest.hexdigest()
 

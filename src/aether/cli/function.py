@@ -68,7 +68,9 @@ def configure(parser: Parser) -> None:
     invocations = parser.add_action("invocations", "list the finished calls of a function")
     _add_name(invocations)
     _add_pages(invocations)
-    parser.add_action("runtimes", "list the language runtimes that the server has")
+    from aether.cli import function_runtimes
+
+    function_runtimes.configure(parser.add_action("runtimes", "list language runtimes, or register and remove one"))
     for action in parser.actions.values():
         add_format(action)
     add_format(parser)
@@ -112,12 +114,15 @@ def run(arguments: Arguments, context: Context) -> int:
         "rollback": _rollback,
         "logs": _logs,
         "invocations": _invocations,
-        "runtimes": _runtimes,
     }
     if arguments.action == "invoke":
         from aether.cli import function_invoke
 
         return function_invoke.run(arguments, context)
+    if arguments.action == "runtimes":
+        from aether.cli import function_runtimes
+
+        return function_runtimes.run(arguments, context)
     return actions.get(arguments.action or "", _list)(arguments, context)
 
 
@@ -316,12 +321,6 @@ def _invocations(arguments: Arguments, context: Context) -> int:
         text,
         "no calls yet",
     )
-
-
-def _runtimes(_arguments: Arguments, context: Context) -> int:
-    found = context.api.functions.runtimes()
-    context.result({"items": found}, lambda: table(("NAME",), ((one["name"],) for one in found)))
-    return 0
 
 
 def _paged(

@@ -94,3 +94,9 @@ class FunctionLogLine(TypedDict):
 
 class Runtime(TypedDict):
     name: str
+    shipped: bool
+    digest: str | None
+    size_bytes: int | None
+    init: list[str] | None
+    created_by: str | None
+    created_at: str | None

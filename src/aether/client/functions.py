@@ -7,7 +7,7 @@ from urllib.parse import quote, urlencode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from aether.client.function_wire import Function, FunctionLogLine, FunctionVersion, Invocation, Runtime
@@ -101,6 +101,15 @@ class Functions:
 
     def runtimes(self) -> list[Runtime]:
         return self._get(f"{_BASE}/runtimes")["items"]
+
+    def add_runtime(self, name: str, init: Sequence[str], body: Body) -> Runtime:
+        """Register the squashfs image that `body` reads; `init` is the command that is put before entrypoints."""
+        query = urlencode([("name", name), *(("init", word) for word in init)])
+        path = f"{_BASE}/runtimes?{query}"
+        return self._transport.post(path, body, "application/octet-stream", CODE_TIMEOUT_S).json()
+
+    def remove_runtime(self, name: str) -> None:
+        self._transport.request("DELETE", f"{_BASE}/runtimes/{quote(name, safe='')}")
 
     def call(
         self,

@@ -19,14 +19,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from aether.apps.tasks import Tasks
 from aether.apps.vault import Vault
-from aether.functions import records
+from aether.functions import records, runtimes
 from aether.functions.code import CodeStore, Received
 from aether.functions.ports import FunctionControl, FunctionVersion
 from aether.functions.records import Function, StoredCode, Version
 from aether.leases import Leases
 from aether.model.database import DatabasePort
 from aether.model.errors import AetherError, BadRequest, Conflict, DigestMismatch, NotFound
-from aether.model.function import FunctionDefinition, changed, define
+from aether.model.function import changed, define
 from aether.model.function_instance import Code, CodeForm
 from aether.model.names import new_id
 from aether.model.times import now_us
@@ -73,14 +73,11 @@ class Catalogue:
         codes: CodeStore,
         policy: CodePolicy,
         leases: Leases | None = None,
-        runtimes: Sequence[str] = ("node", "python"),
     ) -> None:
         self._database = database
         self._vault = vault
         self._codes = codes
         self._policy = policy
-        self.runtimes = runtimes
-        """Names of those that are registered."""
         self.locks = ArtifactLocks(leases)
         self.control: FunctionControl | None = None
         self._tasks = Tasks()
@@ -94,11 +91,11 @@ class Catalogue:
         definition = define(values)
         if definition.name in RESERVED:
             raise BadRequest(f"'{definition.name}' is reserved; choose another name", {"field": "name"})
-        self._check_runtime(definition)
         function_id, now = new_id(), now_us()
         version = Version(1, definition, None, actor, now)
         try:
             async with self._database.write() as tx:
+                await runtimes.require(tx, definition.runtime, hold=True)
                 await _hold_owner(tx, owner)
                 row = {"id": function_id, "name": definition.name, "owner": owner, "version": 1}
                 await tx.execute(sa.insert(functions).values(**row, created_at=now, updated_at=now))
@@ -134,7 +131,7 @@ class Catalogue:
         name, NotFound, and what the policy raises."""
 
         def change(before: Version) -> Version:
-            return replace(before, definition=self._changed(before.definition, values))
+            return replace(before, definition=changed(before.definition, values))
 
         return await self._change(ref, change, actor)
 
@@ -152,13 +149,15 @@ class Catalogue:
         values = values or {}
         code = StoredCode(received.digest, received.form, received.size_bytes, artifact_id)
         async with self._database.read() as tx:
-            before = (await records.find(tx, self._vault, ref)).current.definition
+            wanted = changed((await records.find(tx, self._vault, ref)).current.definition, values)
+            if "runtime" in values:
+                await runtimes.require(tx, wanted.runtime, hold=False)
         if artifact_id is None:
             self._policy.check_unknown()
-        await self._codes.check(received, self._changed(before, values).entrypoint)
+        await self._codes.check(received, wanted.entrypoint)
 
         def change(version: Version) -> Version:
-            return replace(version, definition=self._changed(version.definition, values), code=code)
+            return replace(version, definition=changed(version.definition, values), code=code)
 
         async with self.locks.alone_with(LOCK, received.digest) as hold:
             await self._codes.keep(received)
@@ -269,19 +268,6 @@ class Catalogue:
 
     # --- changes
 
-    def _changed(self, before: FunctionDefinition, values: Mapping[str, Any]) -> FunctionDefinition:
-        definition = changed(before, values)
-        if definition.runtime != before.runtime:
-            self._check_runtime(definition)
-        return definition
-
-    def _check_runtime(self, definition: FunctionDefinition) -> None:
-        if definition.runtime not in self.runtimes:
-            known = ", ".join(self.runtimes)
-            raise BadRequest(
-                f"there is no runtime '{definition.runtime}'; this server has: {known}", {"field": "runtime"}
-            )
-
     async def _change(self, ref: str, change: _Change, actor: str, *, always: bool = False) -> Function:
         """Make the next version of a function; one that would be as the current one is made only if `always`."""
         async with self._database.write() as tx:
@@ -289,6 +275,8 @@ class Catalogue:
             wanted = change(before.current)
             if not always and _same(wanted, before.current):
                 return before
+            if wanted.definition.runtime != before.current.definition.runtime:
+                await runtimes.require(tx, wanted.definition.runtime, hold=True)
             if wanted.code is not None:
                 await self._judge(tx, wanted.code)
             now = max(now_us(), before.current.created_at + 1)

@@ -8,6 +8,7 @@ from aether.functions.catalogue import Catalogue
 from aether.functions.code import CodeStore
 from aether.functions.invocations import Invocations
 from aether.functions.ports import FunctionControl
+from aether.functions.runtimes import Runtimes
 from aether.model.errors import ServiceUnavailable
 from aether.model.function_instance import FunctionState
 
@@ -17,6 +18,7 @@ class FunctionServices:
     catalogue: Catalogue
     codes: CodeStore
     invocations: Invocations
+    runtimes: Runtimes
     control: FunctionControl | None = None
     """None where functions are kept and not run."""
 

@@ -87,6 +87,11 @@ def changed(before: FunctionDefinition | None, values: Mapping[str, Any]) -> Fun
     return made
 
 
+def check_runtime_name(name: str) -> str:
+    """Raises BadRequest."""
+    return _runtime("name", name)
+
+
 def is_function_id(text: str) -> bool:
     """Whether a function is meant by its id; no name looks like one."""
     return _ID.fullmatch(text) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from aether.model.instance import InstanceExit, LogRecord
 
@@ -24,6 +25,28 @@ class Code:
     archive: Path
     form: CodeForm
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeImage:
+    """A registered language runtime on this machine. The file is named by its digest and never changed."""
+
+    rootfs: Path
+    """A squashfs image."""
+    command: tuple[str, ...]
+    """What is put before the entrypoint of a function."""
+
+
+class RegisteredRuntimes(Protocol):
+    """Language runtimes beside those that are shipped."""
+
+    async def has(self, name: str) -> bool:
+        """Raises ServiceUnavailable."""
+        ...
+
+    async def fetch(self, name: str) -> RuntimeImage:
+        """Downloaded once however many ask, and verified. Raises NotFound, DigestMismatch, ServiceUnavailable."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

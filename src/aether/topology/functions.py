@@ -18,6 +18,7 @@ from aether.functions.scaling import Rules
 from aether.functions.services import FunctionServices
 from aether.functions.worker import WorkerOptions
 from aether.model.errors import ConfigError, ServiceUnavailable
+from aether.model.function_instance import RegisteredRuntimes
 from aether.observability.logging import logger
 from aether.runtimes.firecracker.runtime import FirecrackerOptions, FirecrackerRuntime
 from aether.runtimes.microvm.guest.kernel import find_kernel
@@ -45,14 +46,17 @@ def lacks_for_machines(settings: Settings) -> str:
     return ", ".join(missing)
 
 
-def open_runtime(settings: Settings, data: Path) -> tuple[FunctionRuntime, str]:
+def open_runtime(
+    settings: Settings, data: Path, registered: RegisteredRuntimes | None = None
+) -> tuple[FunctionRuntime, str]:  # fmt: skip
     """The runtime, and what it is in words. Raises ConfigError when the one that was asked for cannot be had."""
     lacks = lacks_for_machines(settings)
     if settings.function_runtime == "qemu" and lacks:
         raise ConfigError(f"AETHER_FUNCTION_RUNTIME=qemu: this machine lacks {lacks}")
     if settings.function_runtime == "firecracker":
         jailed = FirecrackerRuntime(
-            data / "firecracker", FirecrackerOptions(kernel_root=settings.function_kernel_root)
+            data / "firecracker",
+            FirecrackerOptions(kernel_root=settings.function_kernel_root, registered=registered),
         )
         try:
             jailed.programs()
@@ -62,8 +66,9 @@ def open_runtime(settings: Settings, data: Path) -> tuple[FunctionRuntime, str]:
     if settings.function_runtime == "process" or (settings.function_runtime == "auto" and lacks):
         if settings.function_runtime == "auto":
             _log.info("functions run in sandboxes, not in virtual machines", lacking=lacks)
-        return ProcessFunctions(data / "process"), "functions in a sandbox each"
-    machines = QemuRuntime(data / "qemu", QemuOptions(kernel_root=settings.function_kernel_root))
+        return ProcessFunctions(data / "process", registered), "functions in a sandbox each"
+    options = QemuOptions(kernel_root=settings.function_kernel_root, registered=registered)
+    machines = QemuRuntime(data / "qemu", options)
     return machines, "functions in a virtual machine each"
 
 
@@ -83,7 +88,7 @@ async def running_functions(
         stack.push_async_callback(kv.close)
         await queue.open()
         stack.push_async_callback(queue.close)
-        runtime, words = open_runtime(settings, data)
+        runtime, words = open_runtime(settings, data, services.runtimes)
         stack.push_async_callback(runtime.close)
         engine = FunctionEngine(
             kv, queue, services.catalogue, services.invocations, runtime, router, _options(settings)

@@ -178,6 +178,7 @@ async def running(
         registry = Registry(database, objects, settings, metrics, vault.sealer, leases)
         functions = await open_functions(settings, database, vault, objects, leases, sweep=claim.first)
         stack.push_async_callback(functions.codes.close)
+        stack.push_async_callback(functions.runtimes.images.close)
         stack.push_async_callback(functions.catalogue.close)
 
         async def check_runtime() -> None:

@@ -60,14 +60,6 @@ Runtime = Annotated[str | None, QueryParameter(name="runtime", description="The 
 Tail = Annotated[int, QueryParameter(name="tail", ge=0, le=MAX_TAIL, description="How many of the newest lines.")]
 
 
-class FunctionRuntimeView(msgspec.Struct):
-    name: str
-
-
-class FunctionRuntimes(msgspec.Struct):
-    items: list[FunctionRuntimeView]
-
-
 @post("/api/functions", tags=["functions"])
 async def create_function(data: JSONBody[NewFunction], services: Deps, caller: Caller) -> FunctionView:
     """Make a function, which serves once it has code; 409 when the name is taken."""
@@ -93,13 +85,6 @@ async def list_functions(
     rows = await functions.catalogue.list(q=q, after=keys[0] if keys else None, limit=limit, only=only)
     states = {row.id: await functions.state(row.id) for row in rows[:limit]}
     return page(rows, limit, lambda row: function_view(row, states[row.id], caller), lambda row: (row.name,))
-
-
-@get("/api/functions/runtimes", tags=["functions"])
-async def list_runtimes(services: Deps) -> FunctionRuntimes:
-    """The language runtimes that functions can be run with here."""
-    names = sorted(functions_of(services).catalogue.runtimes)
-    return FunctionRuntimes([FunctionRuntimeView(name) for name in names])
 
 
 @get("/api/functions/{function:str}", tags=["functions"])
@@ -155,7 +140,7 @@ async def put_function_code(
     else:
         async with (
             services.turns.one(),
-            functions.codes.receiving(_body(request, MAX_CODE_BYTES), _FORMS.get(kind)) as received,
+            functions.codes.receiving(raw_body(request, MAX_CODE_BYTES), _FORMS.get(kind)) as received,
         ):
             changed = await functions.catalogue.put_code(found.id, received, caller.name, values=values)
     return await _view(services, changed, caller)
@@ -260,14 +245,14 @@ async def _artifact(services: Services, found: Function, asked: CodeOfArtifact, 
 
 
 async def _json(request: Request[Any, Any, Any]) -> CodeOfArtifact:
-    parts = [block async for block in _body(request, MAX_JSON_BYTES)]
+    parts = [block async for block in raw_body(request, MAX_JSON_BYTES)]
     try:
         return msgspec.json.decode(b"".join(parts), type=CodeOfArtifact)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the request does not fit: {error}") from None
 
 
-async def _body(request: Request[Any, Any, Any], most: int) -> AsyncGenerator[bytes]:
+async def raw_body(request: Request[Any, Any, Any], most: int) -> AsyncGenerator[bytes]:
     """The body in the pieces in which it comes. Raises BadRequest when it breaks off, PayloadTooLarge."""
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:18]) > most:
@@ -292,7 +277,7 @@ async def _body(request: Request[Any, Any, Any], most: int) -> AsyncGenerator[by
 
 
 HANDLERS = [
-    create_function, list_functions, list_runtimes, show_function, change_function, give_function_away,
+    create_function, list_functions, show_function, change_function, give_function_away,
     delete_function,
     put_function_code, list_function_versions, roll_function_back, warm_function, list_invocations, function_logs,
 ]  # fmt: skip

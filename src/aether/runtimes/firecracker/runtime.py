@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aether.model.errors import Conflict, NotFound, ServiceUnavailable
-from aether.model.function_instance import Code, CodeForm, FunctionSpec, FunctionStatus
+from aether.model.function_instance import Code, CodeForm, FunctionSpec, FunctionStatus, RegisteredRuntimes
 from aether.model.instance import InstanceExit, LogRecord
 from aether.runtimes.firecracker import cgroups, jail
 from aether.runtimes.firecracker.api import Body, Call, boot_calls, load_calls
@@ -44,12 +44,14 @@ else of that controller is there to be looked for. The last `reboot` counts."""
 @dataclass(frozen=True, slots=True)
 class FirecrackerOptions:
     """`programs` are looked up in PATH if not given. `kernel_root`: see `find_kernel`. `guests_dir` is where guests
-    are kept, if not in the data folder. `level` is how much the monitor says in the log: Error, Warn, Info, Debug."""
+    are kept, if not in the data folder. `level` is how much the monitor says in the log: Error, Warn, Info, Debug.
+    `registered`: runtimes beside those that are shipped."""
 
     programs: Programs | None = None
     kernel_root: Path = Path("/")
     guests_dir: Path | None = None
     level: str = "Error"
+    registered: RegisteredRuntimes | None = None
 
 
 class FirecrackerRuntime:
@@ -60,7 +62,7 @@ class FirecrackerRuntime:
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._options = options or FirecrackerOptions()
         self._guests_dir = self._options.guests_dir or self._data / "guests"
-        self._guests = GuestStore(self._guests_dir, self._options.kernel_root)
+        self._guests = GuestStore(self._guests_dir, self._options.kernel_root, self._options.registered)
         self._images = ImageStore(self._data / "images")
         self._logs = self._data / "logs"
         self._jails = self._data / "jails"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aether.model.errors import Conflict, NotFound, ServiceUnavailable
-from aether.model.function_instance import Code, FunctionSpec, FunctionStatus
+from aether.model.function_instance import Code, FunctionSpec, FunctionStatus, RegisteredRuntimes
 from aether.model.instance import InstanceExit, LogRecord
 from aether.runtimes.locks import locked
 from aether.runtimes.microvm import leftovers
@@ -52,7 +52,7 @@ class QemuOptions:
     """`accelerator`: auto (KVM if a probe that boots says so, else TCG), kvm or tcg. `kernel_root`: see
     `find_kernel`. `guests_dir` is where guests are kept, if not in the data folder. `snapshots`: whether machines go
     on from one, where there is one, and one is made where there is none; at most `snapshot_limits` are kept, in the
-    data folder or `snapshots_dir`."""
+    data folder or `snapshots_dir`. `registered`: runtimes beside those that are shipped."""
 
     accelerator: str = "auto"
     kernel_root: Path = Path("/")
@@ -60,6 +60,7 @@ class QemuOptions:
     snapshots: bool = True
     snapshots_dir: Path | None = None
     snapshot_limits: SnapshotLimits = field(default_factory=SnapshotLimits)
+    registered: RegisteredRuntimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class QemuRuntime:
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._options = options or QemuOptions()
         self._guests_dir = self._options.guests_dir or self._data / "guests"
-        self._guests = GuestStore(self._guests_dir, self._options.kernel_root)
+        self._guests = GuestStore(self._guests_dir, self._options.kernel_root, self._options.registered)
         self._images = ImageStore(self._data / "images")
         self._logs = self._data / "logs"
         self._scope = leftovers.scope(self._data)

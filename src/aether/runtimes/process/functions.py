@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aether.model.errors import Conflict, NotFound, ServiceUnavailable
-from aether.model.function_instance import Code, FunctionPhase, FunctionSpec, FunctionStatus
+from aether.model.function_instance import Code, FunctionPhase, FunctionSpec, FunctionStatus, RegisteredRuntimes
 from aether.model.instance import InstanceExit, InstanceSpec, Limits, LogRecord
 from aether.runtimes.interpreters import node_program, python_program
 from aether.runtimes.microvm.assignment import encode
@@ -74,7 +74,9 @@ class _Held:
 class ProcessFunctions:
     """Implements `FunctionRuntime` with sandboxed processes; no root, no virtual machine."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, registered: RegisteredRuntimes | None = None) -> None:
+        """`registered`: runtimes that only virtual machines can run."""
+        self._registered = registered
         self._data = Path(os.path.abspath(data_dir))
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lifeline, self._our_end = os.pipe()
@@ -185,6 +187,11 @@ class ProcessFunctions:
     async def _prepared(self, runtime: str, code: Code) -> tuple[Path, Path]:
         """The interpreter and the folder of the code."""
         if runtime not in _ENV:
+            if self._registered is not None and await self._registered.has(runtime):
+                raise ServiceUnavailable(
+                    f"the runtime '{runtime}' is a root file system, which needs virtual machines; this server runs "
+                    "functions in sandboxes (AETHER_FUNCTION_RUNTIME=qemu or firecracker)"
+                )
             raise NotFound(f"there is no runtime called '{runtime}'; here are {', '.join(_ENV)}")
         # owned, because the first that fails ends the waiting, and `close` is to find the others
         program, tree, found, _ = await asyncio.gather(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aether.stores.database.engine import Database
 
-HEAD = "0015"
+HEAD = "0016"
 MIGRATIONS = Path(__file__).parent / "migrations"
 WAIT_SECS = 120.0
 """How long a start waits for another one that changes the schema."""

@@ -57,6 +57,10 @@ def _described(path: Path) -> Snapshot:
                 "SELECT DISTINCT 'functions/' || code_digest FROM function_versions WHERE code_digest IS NOT NULL "
                 "ORDER BY 1"
             ).fetchall()
+        if "function_runtimes" in tables:
+            objects += database.execute(
+                "SELECT DISTINCT 'runtimes/' || digest FROM function_runtimes ORDER BY 1"
+            ).fetchall()
         keys = database.execute("SELECT id FROM secret_keys").fetchall() if "secret_keys" in tables else []
         counts = {
             table: int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])

@@ -534,6 +534,19 @@ function_versions = sa.Table(
 """What a function was from one change to the next. `env` is sealed; `artifact_id` is the artifact that the code is a
 copy of, which may be gone."""
 
+function_runtimes = sa.Table(
+    "function_runtimes",
+    metadata,
+    sa.Column("name", sa.String(40), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("init", sa.Text, nullable=False),
+    sa.Column("created_by", sa.String(200), nullable=False),
+    _time("created_at"),
+    sa.Index(None, "digest"),
+)
+"""Those that are registered; `init` is a JSON list of words."""
+
 function_invocations = sa.Table(
     "function_invocations",
     metadata,

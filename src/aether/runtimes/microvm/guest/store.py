@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from aether.model.errors import NotFound
+from aether.model.function_instance import RegisteredRuntimes, RuntimeImage
 from aether.runtimes.locks import LOCK, PART, locked, sweep_parts
 from aether.runtimes.microvm.guest import initramfs, kernel, rootfs
 from aether.runtimes.microvm.images import BUILDER, make_image
@@ -32,7 +33,8 @@ class Guest:
     command: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     rehearsal: tuple[str, ...]
-    """Run once before a snapshot is made: what starts later finds its files in memory."""
+    """Run once before a snapshot is made: what starts later finds its files in memory. Empty for what is registered:
+    nothing is known of it that ends by itself."""
 
 
 _COMMANDS = {
@@ -40,6 +42,7 @@ _COMMANDS = {
     "python": ("/usr/bin/python3",),
 }
 _ENV = (("PATH", "/usr/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8"))
+_ENV_OF_IMAGES = (("PATH", "/usr/local/bin:/usr/bin:/bin"), *_ENV[1:])
 _MORE_ENV = {
     "node": (("NODE_ENV", "production"),),
     # the code is read-only, and what is printed is a log
@@ -53,15 +56,21 @@ class GuestStore:
     What changes on the machine (a newer Node.js, another kernel) is seen by the next process that asks.
     """
 
-    def __init__(self, folder: Path, kernel_root: Path = Path("/")) -> None:
+    def __init__(
+        self, folder: Path, kernel_root: Path = Path("/"), registered: RegisteredRuntimes | None = None
+    ) -> None:
         self._folder = folder
+        self._registered = registered
         self._kernel_root = kernel_root
         self._making: dict[str, asyncio.Task[Guest]] = {}
         self._made: dict[str, Guest] = {}
 
     async def guest(self, runtime: str) -> Guest:
-        """The guest of `runtime`. Raises NotFound, or ServiceUnavailable with what is missing on this machine."""
+        """The guest of `runtime`. Raises NotFound, or ServiceUnavailable with what is missing on this machine, and
+        for a registered one whatever fetching it does."""
         if runtime not in _COMMANDS:
+            if self._registered is not None and await self._registered.has(runtime):
+                return await self._of_image(await self._registered.fetch(runtime))
             raise NotFound(f"there is no runtime called '{runtime}'; here are {', '.join(_COMMANDS)}")
         if (found := self._made.get(runtime)) is not None:
             return found
@@ -71,6 +80,11 @@ class GuestStore:
             self._making[runtime] = task
             task.add_done_callback(lambda done: self._finished(runtime, done))
         return await asyncio.shield(task)
+
+    async def _of_image(self, image: RuntimeImage) -> Guest:
+        """Asked for anew every time: what a name means, and whether its file is here, is not for this to remember."""
+        kernel_file, archive = await self.base()
+        return Guest(kernel_file, archive, image.rootfs, image.command, _ENV_OF_IMAGES, rehearsal=())
 
     def _finished(self, runtime: str, task: asyncio.Task[Guest]) -> None:
         del self._making[runtime]

@@ -1,7 +1,7 @@
 /* What differs in a guest that a snapshot is made of, and what its clones do first.
  *
  * Such a guest boots with "aether.snapshot=COMMAND" instead of a token, without code and without calling the host. It
- * runs COMMAND once, which brings the language runtime's files into memory, says "waiting" on the console and reads
+ * runs COMMAND once, if there is one, which brings the language runtime's files into memory, says "waiting" on the console and reads
  * there. All clones go on from that read. Each is given a line with its own boot token, and from there on does what
  * every guest does; the code's drive, which is another one now, is found anew.
  */
@@ -54,6 +54,8 @@ void rehearse(const char *command)
     static char words[1024];
     static char *environment[] = {"PATH=/usr/bin", "HOME=/tmp", "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1", NULL};
     int count = 0, status;
+    if (!*command)
+        return; /* a registered runtime says nothing that could be rehearsed */
     if (strlen(command) >= sizeof words)
         die("what is to be rehearsed is too long");
     strcpy(words, command);
