@@ -19,9 +19,11 @@ settings.register_profile("search", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "search")
 
+# what a shell runs in the background, or under nohup, ignores these, and so would every program that a test starts
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # what a shell runs in the background ignores it, and so would every program that a test starts and interrupts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _MISSING, _UNSUPPORTED = "component:", "unsupported:"
 _not_run: dict[str, list[str]] = {}

@@ -53,6 +53,27 @@ async def test_an_object_goes_from_pending_to_final(store: FilesystemObjects) ->
     assert [found async for found in store.list("artifacts/")] == []
 
 
+async def test_a_move_that_another_one_overtakes_is_done(
+    store: FilesystemObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_bytes(1000)
+    claimed = await store.claim(await put(store, "one", data))
+    final = "artifacts/a/d/app.tar.gz"
+    flush = os.fsync
+    overtaken: list[bool] = []
+
+    def overtake(descriptor: int) -> None:
+        flush(descriptor)
+        if not overtaken:
+            overtaken.append(True)
+            store._move(store._path(claimed), store._path(final))
+
+    monkeypatch.setattr(os, "fsync", overtake)
+    await store.move(claimed, final)
+    assert overtaken
+    assert b"".join([block async for block in store.read(final)]) == data
+
+
 async def test_missing_objects_are_not_found(store: FilesystemObjects) -> None:
     with pytest.raises(NotFound):
         await store.size("pending/none")

@@ -258,8 +258,11 @@ class FilesystemObjects:
                 break
             except FileNotFoundError:
                 # A delete beside us may have pruned the empty folder between mkdir and rename.
-                if not source.exists():
-                    raise
+                if source.exists():
+                    continue
+                if target.exists():
+                    break  # somebody else has just moved it
+                raise
         folder = target.parent
         while folder != self._root.parent:
             sync_folder(folder)
