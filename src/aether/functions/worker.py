@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from aether.functions.keeping import Keeping
 from aether.functions.ports import FunctionRuntime, FunctionSource
 from aether.functions.scaler import PROVISION, decode_job
 from aether.functions.versions import Versions
-from aether.model.errors import AetherError, DeliveryLost, ServiceUnavailable
+from aether.model.errors import AetherError, DeliveryLost, LeaseGone, ServiceUnavailable
 from aether.model.function_instance import FunctionSpec
 from aether.model.kv import KV, Delete, Put, unchanged
 from aether.model.queue import Delivery, Queue
@@ -110,6 +110,8 @@ class Worker:
         """Until the lease is lost or it is cancelled; ends its instances then."""
         await self.board.opened()
         await self.kv.put(WORKERS + self.options.name, b"{}", lease=lease.id)
+        # jobs that an earlier life of this worker took and did not do
+        await self._queue.forfeit(PROVISION, self.options.name)
         gateways = asyncio.create_task(self.gateways.run(), name="gateways")
         taking = asyncio.create_task(self._take(lease), name="provision")
         lost = asyncio.create_task(lease.lost.wait(), name="worker lease")
@@ -146,11 +148,22 @@ class Worker:
             try:
                 jobs = await self._queue.take(PROVISION, self.options.name, limit=10, wait_secs=_TAKE_SECS)
                 jobs = jobs or await self._queue.claim_stale(PROVISION, self.options.name, limit=10)
-                for job in jobs:
-                    await self._do(job, lease)
+                await self._do_all(jobs, lease)
             except (AetherError, TimeoutError) as error:
-                _log.warning("jobs could not be taken", error=str(error))
+                _log.warning("jobs could not be done", error=str(error))
+                if isinstance(error, LeaseGone):
+                    lease.lost.set()  # before the next renewal would have found out
                 await asyncio.sleep(_AGAIN_SECS)
+
+    async def _do_all(self, jobs: Sequence[Delivery], lease: KeptLease) -> None:
+        """Each of them; where one fails it and the rest are left to whoever is next, at once."""
+        for number, job in enumerate(jobs):
+            try:
+                await self._do(job, lease)
+            except (AetherError, TimeoutError):
+                for left in jobs[number:]:
+                    await self._queue.give_back(left)
+                raise
 
     async def _do(self, job: Delivery, lease: KeptLease) -> None:
         """Claim the instances of a job; the job is done when their records say who has them."""
