@@ -23,7 +23,7 @@ usage: ./dev.sh COMMAND [ARGUMENTS]
               (stays up on a terminal until Ctrl-C; elsewhere it shows the answer and stops)
   test        lint and every test (arguments go to pytest and leave the lint out)
   lint        ruff, pyright, import-linter
-  bench       measure (all, or the names given: cli pack edge deploy apps logs registry functions microvm) into bench/out/
+  bench       measure (all, or the names given: cli pack edge deploy apps logs registry functions microvm coldstart burst) into bench/out/
   faults      kill, cut off and double things in every phase of a deploy; writes docs/faults.md
               (--runs N, --seed S, --only PHASE/FAULT)
   db-start    start a local PostgreSQL and print its DATABASE_URL
@@ -278,7 +278,7 @@ cmd_run() {
 cmd_bench() {
   bootstrap bench
   local name
-  [ $# -gt 0 ] || set -- cli pack edge deploy apps logs registry functions microvm
+  [ $# -gt 0 ] || set -- cli pack edge deploy apps logs registry functions microvm coldstart burst
   for name in "$@"; do
     [ -f "bench/$name.py" ] || die "no bench called $name"
     if [ "$name" = registry ]; then
