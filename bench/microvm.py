@@ -1,12 +1,13 @@
-"""A function in a microVM that is booted, against one that goes on from a runtime snapshot.
+"""A function in a microVM that is booted, against one that goes on from a snapshot: of its runtime, or its own.
 
-    python bench/microvm.py [--pairs N] [--runtime node|python] [--memory MB] [--out FILE]
+    python bench/microvm.py [--pairs N] [--of runtime|function] [--runtime node|python] [--memory MB] [--out FILE]
 
 The function is the smallest HTTP server there is for the language. Its code, the guest and the snapshot are made
-before. Per start: until /init has called the host (the guest has booted, or has gone on), until the function listens,
-and until its first answer, in wall time and in processor time of the monitor, which is everything the guest did.
-Interleaved (A B B A); prints medians and their ratios, and the memory of a restored instance that is its own (PSS),
-alone and beside another one. Writes bench/out/microvm.json.
+before; a snapshot of the function is good for one start, so the next one is made between two. Per start: until /init
+has called the host (the guest has booted, or has gone on), until the function listens, and until its first answer, in
+wall time and in processor time of the monitor, which is everything the guest did.
+Interleaved (A B B A); prints medians and their ratios, and the memory of an instance restored from a runtime snapshot
+that is its own (PSS), alone and beside another one. Writes bench/out/microvm.json.
 """
 
 from __future__ import annotations
@@ -57,15 +58,16 @@ class Taken:
 
 
 class Side:
-    def __init__(self, data: Path, code: Code, language: str, memory_mb: int, *, snapshots: bool) -> None:
+    def __init__(self, data: Path, code: Code, language: str, memory_mb: int, *, snapshots: str) -> None:
         options = QemuOptions(
             kernel_root=CACHE / "kernel",
             guests_dir=CACHE / "guests",
-            snapshots=snapshots,
+            snapshots=bool(snapshots),
             snapshots_dir=data / "kept",
         )
         self.runtime = QemuRuntime(data, options)
         self.kind = StartKind.RESTORED if snapshots else StartKind.COLD
+        self._own = snapshots == "function"
         self._scope = leftovers.scope(data)
         self._code, self._language, self._memory_mb = code, language, memory_mb
         self._count = 0
@@ -75,8 +77,9 @@ class Side:
         name = f"bench-{self._count}"
         entry = SOURCES[self._language][0]
         return FunctionSpec(
-            name, "bench", self._language, self._code, entry, memory_mb=self._memory_mb, ready_secs=300.0
-        )
+            name, "bench", self._language, self._code, entry, memory_mb=self._memory_mb, ready_secs=300.0,
+            snapshot=self._own,
+        )  # fmt: skip
 
     def pid(self, name: str) -> int:
         return leftovers.running(self._scope)[name][0][0]
@@ -100,6 +103,7 @@ class Side:
         taken = Taken(up, ready, mark())
         assert (await self.runtime.status(spec.instance_id)).start == self.kind
         await self.runtime.stop(spec.instance_id, 0.0)
+        await self.runtime.settle()
         return taken
 
     async def answer(self, name: str) -> bytes:
@@ -149,12 +153,12 @@ def packed(folder: Path, language: str) -> Code:
     return Code(path, CodeForm.TAR_GZ, sha256(out.getvalue()).hexdigest())
 
 
-async def measure(pairs: int, language: str, memory_mb: int) -> dict[str, object]:
+async def measure(pairs: int, language: str, memory_mb: int, of: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="aether-bench-") as folder:
         work = Path(folder)
         code = packed(work, language)
         cold, restored = (
-            Side(work / name, code, language, memory_mb, snapshots=name == "restored")
+            Side(work / name, code, language, memory_mb, snapshots=of if name == "restored" else "")
             for name in ("cold", "restored")
         )
         found: list[tuple[Taken, Taken]] = []
@@ -164,6 +168,11 @@ async def measure(pairs: int, language: str, memory_mb: int) -> dict[str, object
             began = time.monotonic()
             assert await restored.runtime.make_snapshot(language, 1, memory_mb)
             made = time.monotonic() - began
+            if of == "function":
+                first = restored.spec()
+                await restored.runtime.start(first)
+                await restored.runtime.stop(first.instance_id, 0.0)
+                await restored.runtime.settle()
             await restored.take()  # reads the snapshot into memory, once per server
             for number in range(pairs):
                 if number % 2:
@@ -172,11 +181,11 @@ async def measure(pairs: int, language: str, memory_mb: int) -> dict[str, object
                 else:
                     before = await cold.take()
                     found.append((before, await restored.take()))
-            pss = await memory(restored)
+            pss = await memory(restored) if of == "runtime" else {}
         finally:
             await cold.runtime.close()
             await restored.runtime.close()
-    results: dict[str, object] = {"runtime": language, "memory_mb": memory_mb, "pairs": pairs}
+    results: dict[str, object] = {"runtime": language, "of": of, "memory_mb": memory_mb, "pairs": pairs}
     for until in ("up", "ready", "answer"):
         for index, unit in enumerate(("wall", "cpu")):
             pairs_of = [(getattr(one, until)[index], getattr(two, until)[index]) for one, two in found]
@@ -194,10 +203,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--runtime", choices=sorted(SOURCES), default="node")
+    parser.add_argument("--of", choices=("runtime", "function"), default="runtime")
     parser.add_argument("--memory", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "microvm.json")
     options = parser.parse_args()
-    found = asyncio.run(measure(options.pairs, options.runtime, options.memory))
+    found = asyncio.run(measure(options.pairs, options.runtime, options.memory, options.of))
     print(json.dumps(found, indent=2))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"bench": "microvm", "results": {"start": found}}, indent=2))

@@ -104,6 +104,7 @@ async def test_a_function_from_its_making_to_its_end(world: World) -> None:
     made = await world.create(env_vars={"GREETING": "hi"}, memory_mb=256)
     assert (made["version"], made["code"], made["status"]) == (1, None, "empty")
     assert (made["url"], made["owner"], made["timeout_secs"]) == ("/functions/hello/", "default", 30.0)
+    assert made["snapshot"] is False
     status, coded = await world.code(ZIP)
     assert status == 200, coded
     assert coded["version"] == 2
@@ -111,7 +112,8 @@ async def test_a_function_from_its_making_to_its_end(world: World) -> None:
     assert coded["status"] == "idle"
     for ref in ("hello", made["id"]):
         assert (await world.call("GET", f"/api/functions/{ref}"))[1] == coded
-    status, changed = await world.call("PUT", "/api/functions/hello", json={"env_vars": {"GREETING": "ho"}})
+    status, changed = await world.call("PUT", "/api/functions/hello", json={"env_vars": {"GREETING": "ho"}, "snapshot": True})
+    assert changed["snapshot"] is True
     assert (status, changed["version"], changed["env_vars"], changed["memory_mb"]) == (
         200,
         3,
@@ -145,6 +147,7 @@ async def test_refusals_name_the_field(world: World) -> None:
         ({**HELLO, "env_vars": {"PORT": "1"}}, "env_vars"),
         ({**HELLO, "min_instances": 5, "max_instances": 2}, "min_instances"),
         ({"name": "hello", "runtime": "node"}, "entrypoint"),
+        ({**HELLO, "snapshot": "yes"}, "snapshot"),
         ({**HELLO, "colour": "red"}, "colour"),
     ):
         status, said = await world.call("POST", "/api/functions", json=body)

@@ -13,7 +13,7 @@ from aether.functions.board import FUNCTIONS, InstanceRecord, Stage
 from aether.functions.gateway import Waiting
 from aether.functions.scaler import PROVISION
 from aether.functions.scaling import Rules
-from aether.model.function_instance import StartKind
+from aether.model.function_instance import FunctionSpec, StartKind
 from aether.model.kv import Put
 from support.functions import FUNCTION_ID, SERVER, Functions, Load, running_functions
 
@@ -46,6 +46,23 @@ async def test_from_zero_to_one_and_back_to_zero(tmp_path: Path) -> None:
         assert [each.path for each in kept] == ["/functions/hello/", "/functions/hello/again", "/functions/hello/"]
         assert len({each.instance_id for each in kept}) == 2
     assert list(await _records(tmp_path)) == [], "a server that ends leaves no record of an instance"
+
+
+async def test_the_runtime_is_told_whether_it_may_go_on_from_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_functions(tmp_path) as it:
+        told: list[bool] = []
+        start = it.runtime.start
+
+        async def noted(spec: FunctionSpec) -> None:
+            told.append(spec.snapshot)
+            await start(spec)
+
+        monkeypatch.setattr(it.runtime, "start", noted)
+        await it.routed(it.put(snapshot=True))
+        assert await it.get() == (200, "hi")
+        assert told == [True]
 
 
 async def _records(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import fcntl
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -25,61 +24,11 @@ from aether.runtimes.microvm import leftovers, qemu
 from aether.runtimes.microvm.boot import TCG
 from aether.runtimes.microvm.guest.store import Guest
 from aether.runtimes.microvm.machine import Restore
-from aether.runtimes.microvm.qemu import QemuRuntime
-from aether.runtimes.microvm.snapshots import SnapshotLimits, SnapshotStore, new_memory, snapshot_key
+from aether.runtimes.microvm.snapshots import SnapshotLimits, SnapshotStore, snapshot_key
 from support import snapshot_main
+from support.clones import NODE, PYTHON, another_state, ask, flip, keep, kind
 from support.microvm import code, machines, spec
 from support.spawned import spawned
-
-NODE = """
-const fs = require('fs'), crypto = require('crypto');
-const read = (path) => fs.readFileSync(path, 'utf8');
-require('http').createServer((request, response) => {
-  if (request.url === '/fill') fs.writeFileSync('/tmp/mark', Buffer.alloc(16 << 20, 'private'));
-  response.end(JSON.stringify({
-    own: {
-      math: Math.random(), uuid: crypto.randomUUID(), bytes: crypto.randomBytes(16).toString('hex'),
-      context: require('vm').runInNewContext('Math.random()'),
-      key: crypto.generateKeyPairSync('ed25519').publicKey.export({format: 'der', type: 'spki'}).toString('hex'),
-      kernel: fs.readSync(fs.openSync('/dev/urandom'), Buffer.alloc(8)) && read('/proc/sys/kernel/random/uuid'),
-      boot: read('/proc/sys/kernel/random/boot_id'), name: process.env.NAME,
-      stack: /.*\\[stack\\]/.exec(read('/proc/self/maps'))[0],
-    },
-    env: Object.keys(process.env), now: Date.now(), command: read('/proc/cmdline'), files: fs.readdirSync('/tmp'),
-  }));
-}).listen(process.env.PORT);
-"""
-
-PYTHON = """
-import http.server, json, os, random, secrets, time, uuid
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        own = {
-            "hash": hash("x"), "random": random.random(), "urandom": os.urandom(16).hex(), "uuid": str(uuid.uuid4()),
-            "token": secrets.token_hex(), "name": os.environ["NAME"],
-        }
-        body = json.dumps({"own": own, "now": time.time() * 1000, "command": open("/proc/cmdline").read()}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body)
-
-http.server.HTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()
-"""
-
-
-async def ask(runtime: QemuRuntime, instance_id: str, path: str = "/") -> Any:
-    loop = asyncio.get_running_loop()
-    with await runtime.connect(instance_id) as sock:
-        await loop.sock_sendall(sock, f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        answer = b""
-        while data := await loop.sock_recv(sock, 65536):
-            answer += data
-    return json.loads(answer.partition(b"\r\n\r\n")[2])
-
-
-async def kind(runtime: QemuRuntime, instance_id: str) -> StartKind:
-    return (await runtime.status(instance_id)).start
 
 
 def stored(data: Path) -> dict[str, str]:
@@ -139,26 +88,9 @@ async def test_two_clones_have_no_secret_in_common(
         assert len(made) == 1
 
 
-def flip(data: Path, name: str) -> None:
-    (file,) = (data / "snapshots").glob(f"*/{name}")
-    with file.open("r+b") as opened:
-        opened.seek(file.stat().st_size // 2)
-        byte = opened.read(1)
-        opened.seek(-1, os.SEEK_CUR)
-        opened.write(bytes([byte[0] ^ 1]))
-
-
 def shorten(data: Path) -> None:
     (file,) = (data / "snapshots").glob("*/memory")
     os.truncate(file, file.stat().st_size - 4096)
-
-
-def another_state(data: Path) -> None:
-    """What has its digest and is none the less nothing that a monitor can read."""
-    (note,) = (data / "snapshots").glob("*/note.json")
-    (note.parent / "state").write_bytes(b"QEVM" + bytes(1000))
-    told = json.loads(note.read_bytes())
-    note.write_text(json.dumps({**told, "state": hashlib.sha256(b"QEVM" + bytes(1000)).hexdigest()}))
 
 
 async def test_a_damaged_snapshot_is_thrown_away_and_the_same_start_boots(
@@ -241,22 +173,6 @@ def test_another_kernel_runtime_size_or_monitor_is_another_snapshot(tmp_path: Pa
     others.add(snapshot_key(GUEST, 1, 128, TCG, str(monitor)))
     assert len(others) == 8
     assert same not in others
-
-
-async def keep(store: SnapshotStore, key: str, *, mb: int = 4) -> bytes:
-    """A snapshot whose memory begins and ends with something and is empty between."""
-    memory, state = new_memory(mb << 20), os.memfd_create("state")
-    try:
-        mark = os.urandom(4096)
-        os.pwrite(memory, mark, 0)
-        os.pwrite(memory, mark, (mb << 20) - 4096)
-        os.write(state, b"state of " + key.encode())
-        store.lock(key)
-        await store.keep(key, memory, state)
-    finally:
-        os.close(memory)
-        os.close(state)
-    return mark
 
 
 async def test_what_is_found_is_what_was_kept_and_nobody_can_change_it(tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_a_machine_that_is_restored_is_told_nothing_on_its_command_line_and_owns
     assert "memory-backend-file,id=memory,size=128M,mem-path=/proc/self/fd/7,share=off" in command
     making = making_command_line("qemu", "aether-x-s", TCG, 128, 2, "words", (1, 2, 5, 6, 7, 8), 9)
     assert "memory-backend-file,id=memory,size=128M,mem-path=/proc/self/fd/7,share=on" in making
+    alone = restoring_command_line("qemu", "aether-x-i1", TCG, 128, 2, (5, 6, 7, 8), 9, only_user=True)
+    assert [word.replace("share=on", "share=off") for word in alone] == command
+    assert alone != command
     # what was saved of devices fits those that it is loaded into
     places = [[word for word in line if "virtio-mmio-bus" in word] for line in (command, making)]
     assert places[0] == places[1]

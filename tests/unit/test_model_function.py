@@ -19,13 +19,14 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert made == FunctionDefinition("hello", "node20", "handler.js")
     assert (made.vcpu, made.memory_mb, made.port, made.env_vars) == (1, 128, 3000, {})
     assert (made.timeout_secs, made.concurrency, made.min_instances, made.max_instances) == (30.0, 10, 0, 10)
+    assert made.snapshot is False
 
 
 def test_everything_can_be_said_and_comes_back_from_json() -> None:
     made = define({
         "name": "a-1", "runtime": "python3.11", "entrypoint": "src/app.py", "vcpu": 2, "memory_mb": 512, "port": 80,
         "env_vars": {"A": "ä\n", "_b": ""}, "timeout_secs": 1, "concurrency": 1, "min_instances": 2,
-        "max_instances": 2,
+        "max_instances": 2, "snapshot": True,
     })  # fmt: skip
     assert FunctionDefinition.from_json(made.to_json()) == made
     assert "ä" not in repr(made), "values of variables may be secrets"
@@ -48,7 +49,7 @@ def test_everything_can_be_said_and_comes_back_from_json() -> None:
         ("env_vars", []), ("env_vars", {"PORT": "1"}), ("env_vars", {"AETHER_X": "1"}), ("env_vars", {"1A": ""}),
         ("env_vars", {"A": 1}), ("env_vars", {"A": "\0"}), ("env_vars", {"A=B": ""}), ("env_vars", {1: ""}),
         ("env_vars", {"A": "x" * MAX_ENV_BYTES}), ("env_vars", {f"A{n}": "" for n in range(501)}),
-        ("colour", "red"),
+        ("snapshot", 1), ("snapshot", "yes"), ("snapshot", None), ("colour", "red"),
     ],
     ids=lambda value: ascii(value)[:24] if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip

@@ -32,6 +32,7 @@ class FunctionFields(msgspec.Struct, forbid_unknown_fields=True):
     concurrency: int | msgspec.UnsetType = msgspec.UNSET
     min_instances: int | msgspec.UnsetType = msgspec.UNSET
     max_instances: int | msgspec.UnsetType = msgspec.UNSET
+    snapshot: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class NewFunction(FunctionFields, forbid_unknown_fields=True):
@@ -82,6 +83,7 @@ class Definition(msgspec.Struct):
     concurrency: int
     min_instances: int
     max_instances: int
+    snapshot: bool
 
 
 class FunctionInstance(msgspec.Struct):
@@ -239,6 +241,7 @@ def _definition(definition: FunctionDefinition, caller: Principal) -> dict[str, 
         "concurrency": definition.concurrency,
         "min_instances": definition.min_instances,
         "max_instances": definition.max_instances,
+        "snapshot": definition.snapshot,
     }
 
 

@@ -94,6 +94,11 @@ def _add_fields(parser: Parser, *, required: bool) -> None:
         parser.add_argument(flag, type=count, metavar=metavar, help=line)
     parser.add_argument("--timeout", type=_secs, metavar="SECONDS", help="until an answer must have begun (30)")
     parser.add_argument("--env", action="append", metavar="K=V", help="a variable; K alone takes it from here")
+    line = "start instances from snapshots of the function, which holds its start-up state"
+    parser.add_argument("--snapshot", action="store_const", const=True, help=line)
+    parser.add_argument(
+        "--no-snapshot", action="store_const", const=False, dest="snapshot", help="start every instance anew (so)"
+    )
 
 
 def _secs(text: str) -> float:
@@ -130,7 +135,7 @@ def _given(arguments: Arguments, env: dict[str, str] | None) -> dict[str, Any]:
     """The fields that were given."""
     values = {name: getattr(arguments, flag[2:].replace("-", "_")) for flag, name, _, _ in _NUMBERS}
     values |= {"runtime": arguments.runtime, "entrypoint": arguments.entrypoint, "env_vars": env}
-    values["timeout_secs"] = arguments.timeout
+    values |= {"timeout_secs": arguments.timeout, "snapshot": arguments.snapshot}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -217,6 +222,7 @@ def _described(context: Context, one: Function) -> str:
                 ("timeout", f"{one['timeout_secs']:g} s"),
                 ("concurrency", one["concurrency"]),
                 ("instances", f"{one['min_instances']} to {one['max_instances']}"),
+                ("snapshot", "used" if one["snapshot"] else ""),
                 ("env", env),
                 ("owner", one["owner"]),
                 ("waiting", state["waiting"] or ""),

@@ -45,6 +45,7 @@ class Definition(TypedDict):
     concurrency: int
     min_instances: int
     max_instances: int
+    snapshot: bool
 
 
 class Function(Definition):

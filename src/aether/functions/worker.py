@@ -252,6 +252,7 @@ class Worker:
             vcpus=definition.vcpu,
             memory_mb=definition.memory_mb,
             ready_secs=self.options.ready_secs,
+            snapshot=definition.snapshot,
         )
         await self.runtime.prepare(definition.runtime, code)
         async with self._turns:

@@ -50,6 +50,8 @@ class FunctionDefinition:
     """Requests that one instance is given at once."""
     min_instances: int = 0
     max_instances: int = 10
+    snapshot: bool = False
+    """Whether instances go on from snapshots of the function, where there are any, instead of starting it."""
 
     def to_json(self) -> str:
         return json.dumps({**asdict(replace(self, env_vars={})), "env_vars": dict(self.env_vars)}, sort_keys=True)
@@ -131,6 +133,12 @@ def _whole(low: int, high: int) -> Any:
     return check
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(name, f"{name} is true or false")
+    return value
+
+
 def _timeout(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0.1 <= value <= MAX_TIMEOUT_SECS:
         raise _refused(name, f"{name} is a number from 0.1 to {MAX_TIMEOUT_SECS:g}")
@@ -175,6 +183,7 @@ _CHECKS: Mapping[str, Any] = {
     "concurrency": _whole(1, MAX_CONCURRENCY),
     "min_instances": _whole(0, MAX_INSTANCES),
     "max_instances": _whole(1, MAX_INSTANCES),
+    "snapshot": _flag,
 }
 
 

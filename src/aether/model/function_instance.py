@@ -67,6 +67,9 @@ class FunctionSpec:
     memory_mb: int = 128
     ready_secs: float = 60.0
     """An instance that does not listen within this time has failed."""
+    snapshot: bool = False
+    """Whether it may go on from a snapshot of itself: one of a machine that was started the same way and has
+    answered nothing. No two instances go on from the same one."""
 
 
 class FunctionPhase(StrEnum):

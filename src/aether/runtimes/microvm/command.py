@@ -41,14 +41,16 @@ def making_command_line(
 
 
 def restoring_command_line(
-    program: str, name: str, accelerator: Accelerator, memory_mb: int, vcpus: int, files: Sequence[int], tap: int
-) -> list[str]:
-    """`files` are descriptors of root file system, code, memory, and the control line."""
+    program: str, name: str, accelerator: Accelerator, memory_mb: int, vcpus: int, files: Sequence[int], tap: int, *,
+    only_user: bool = False,
+) -> list[str]:  # fmt: skip
+    """`files` are descriptors of root file system, code, memory, and the control line. `only_user`: whether no other
+    machine goes on, or will, from this memory."""
     root, code, memory, control = files
     return [
         *_machine(program, name, accelerator, memory_mb, vcpus, f"{MACHINE},memory-backend=memory"),
-        # what the machine writes is its own: it gets copies of the pages that it changes
-        *_memory(memory, memory_mb, "off"),
+        # "off": what the machine writes is its own, it gets copies of the pages that it changes
+        *_memory(memory, memory_mb, "on" if only_user else "off"),
         *("-incoming", "defer"),
         *_devices(root, code, tap),
         *_control(control),

@@ -21,13 +21,16 @@ _END = re.compile(rb"(exit|signal|memory) ([0-9]{1,3})")
 
 
 class Line:
-    """`up` is set once /init has called, `ready` once the function listens, `ended` when /init said how it ended."""
+    """`up` is set once /init has called, `ready` once the function listens, `ended` when /init said how it ended.
+
+    `parked` is set when /init has stopped a function that listens, and the line is gone without a trace."""
 
     def __init__(self, secret: str) -> None:
         self._hello = f"hello {secret}".encode()
         self._writer: asyncio.StreamWriter | None = None
         self.up = asyncio.Event()
         self.ready = asyncio.Event()
+        self.parked = asyncio.Event()
         self.ended: InstanceExit | None = None
 
     def stop(self, grace_secs: float) -> bool:
@@ -45,8 +48,14 @@ class Line:
         if await self._is_init(reader):
             self._writer = writer
             self.up.set()
+            parks = False
             while (text := await reader.readline()).endswith(b"\n"):
+                if text == b"parked\n":
+                    parks = True
+                    writer.write_eof()  # /init closes its end then
                 self._said(text[:-1])
+            if parks:
+                self.parked.set()
 
     async def _is_init(self, reader: asyncio.StreamReader) -> bool:
         if self._writer is not None:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,13 @@ from aether.runtimes.microvm.machine import Launch, Machine, Restore, how
 from aether.runtimes.microvm.metadata import Metadata
 from aether.runtimes.microvm.qmp import MonitorError
 from aether.runtimes.microvm.snapshot_making import Making, make_snapshot
-from aether.runtimes.microvm.snapshots import Snapshot, SnapshotLimits, SnapshotStore, snapshot_key
+from aether.runtimes.microvm.snapshots import (
+    Snapshot,
+    SnapshotLimits,
+    SnapshotStore,
+    function_snapshot_key,
+    snapshot_key,
+)
 from aether.runtimes.rules import check_name, check_spec
 from aether.runtimes.trimming import trim_logs
 
@@ -99,6 +105,7 @@ class QemuRuntime:
         self._snapshots = SnapshotStore(
             self._options.snapshots_dir or self._data / "snapshots", self._options.snapshot_limits
         )
+        self._function_snapshots = SnapshotStore(self._data / "function-snapshots", self._options.snapshot_limits)
         self._making: dict[str, asyncio.Task[None]] = {}
         self._one_maker = asyncio.Lock()
         self._refused: dict[str, int] = {}
@@ -125,38 +132,72 @@ class QemuRuntime:
         )
         plan = _Plan(guest, accelerator, spec.vcpus, spec.memory_mb)
         key = await asyncio.to_thread(self._key, plan) if self._options.snapshots else ""
-        if key and (snapshot := await self._found(key)) is not None:
-            try:
-                await self._start(spec, plan, image.path, began, snapshot)
-                return
-            except _NotRestored as error:
-                _log.warning("instance %s was not restored and is booted: %s", spec.instance_id, error)
-                if error.damaged:
-                    self._refused[key] = self._refused.get(key, 0) + 1
-                    await self._snapshots.discard(key)
-        await self._start(spec, plan, image.path, began, None)
+        if key and spec.snapshot:
+            await self._start_again(spec, plan, image.path, began, key)
+        else:
+            await self._start_anew(spec, plan, image.path, began, key)
+
+    async def _start_again(self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, key: str) -> None:
+        """Start a machine from a snapshot of the function, which is of no use to anybody after, or else anew; then
+        have another one made."""
+        argv, env = _command(spec, plan.guest)
+        own = function_snapshot_key(key, image.name, argv, env, spec.port)
+        store = self._function_snapshots
+        try:
+            snapshot = await store.take(own)
+        except OSError as error:
+            _log.warning("a snapshot cannot be read: %s", error)
+            snapshot = None
+        if snapshot is None or not await self._restored(spec, plan, image, began, own, snapshot, store):
+            await self._start_anew(spec, plan, image, began, key)
+        self._make_snapshot(own, store, lambda: self._function_maker(own, spec, plan, image))
+
+    async def _start_anew(self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, key: str) -> None:
+        """Start a machine and the function in it: from the runtime snapshot `key` if there is one, or boot."""
+        store = self._snapshots
+        snapshot = await self._found(key) if key else None
+        if snapshot is not None and await self._restored(spec, plan, image, began, key, snapshot, store):
+            return
+        await self._start(spec, plan, image, began, None)
         if key:
-            self._make_snapshot(key, plan)
+            self._make_snapshot(key, store, lambda: self._maker(key, plan))
+
+    async def _restored(
+        self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, key: str, snapshot: Snapshot,
+        store: SnapshotStore,
+    ) -> bool:  # fmt: skip
+        """Start a machine from `snapshot`, which is `key` in `store`; False when it did not go on from there."""
+        try:
+            await self._start(spec, plan, image, began, snapshot, function=store is self._function_snapshots)
+        except _NotRestored as error:
+            _log.warning("instance %s was not restored and is booted: %s", spec.instance_id, error)
+            if error.damaged:
+                self._refused[key] = self._refused.get(key, 0) + 1
+                await store.discard(key)
+            return False
+        return True
 
     def _check_free(self, instance_id: str) -> None:
         if instance_id in self._machines:
             raise Conflict(f"there is an instance {instance_id} already")
 
     async def _start(
-        self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, snapshot: Snapshot | None
-    ) -> None:
+        self, spec: FunctionSpec, plan: _Plan, image: Path, began: float, snapshot: Snapshot | None, *,
+        function: bool = False,
+    ) -> None:  # fmt: skip
         """Start a machine, from `snapshot` if there is one, and return when its function listens.
 
-        Raises _NotRestored when it did not get as far as to ask what to run."""
+        Raises _NotRestored when it did not get as far as to ask what to run; with `function`, when the snapshot is
+        one of the function, as far as to let that go on."""
         self._check_free(spec.instance_id)
         slot = self._free_slot()
-        machine = self._machine(spec, plan, image, slot, snapshot)
+        machine = self._machine(spec, plan, image, slot, snapshot, function)
         machine.began = began
         task = asyncio.create_task(machine.run())
         self._machines[spec.instance_id] = (machine, task, slot)
         try:
             if snapshot is not None:
-                await self._until_restored(machine, task)
+                await self._until_restored(machine, task, machine.ready if function else machine.up)
             await self._until_ready(machine, task)
         except BaseException:
             task.cancel()
@@ -172,7 +213,7 @@ class QemuRuntime:
         plan = _Plan(guest, accelerator, vcpus, memory_mb)
         key = await asyncio.to_thread(self._key, plan)
         if not self._snapshots.stored(key):
-            self._make_snapshot(key, plan)
+            self._make_snapshot(key, self._snapshots, lambda: self._maker(key, plan))
             await self.settle()
         return self._snapshots.stored(key)
 
@@ -210,7 +251,7 @@ class QemuRuntime:
     async def sweep(self) -> Sequence[str]:
         spare = {*self._machines, *(f"{_MAKER}{key}" for key in self._making)}
         found = await asyncio.to_thread(leftovers.end, self._scope, spare)
-        for store in (self._images, self._guests, self._snapshots):
+        for store in (self._images, self._guests, self._snapshots, self._function_snapshots):
             await asyncio.to_thread(store.sweep)
         return [name for name in found if not name.startswith(_MAKER)]
 
@@ -227,16 +268,12 @@ class QemuRuntime:
             await asyncio.wait(tasks)
         self._machines.clear()
 
-    def _machine(self, spec: FunctionSpec, plan: _Plan, image: Path, slot: int, snapshot: Snapshot | None) -> Machine:
+    def _machine(
+        self, spec: FunctionSpec, plan: _Plan, image: Path, slot: int, snapshot: Snapshot | None, function: bool
+    ) -> Machine:
         token, secret = secrets.token_hex(32), secrets.token_hex(32)
         guest = plan.guest
-        env = {**dict(guest.env), **spec.env, "PORT": str(spec.port)}
-        argv = (*guest.command, spec.entrypoint)
-
-        def assignment() -> bytes:
-            return encode(argv, env, port=spec.port, secret=secret, time_ns=time.time_ns())
-
-        assignment()  # what cannot be told is refused before anything is started
+        document = _document(spec, guest, token, secret)
         what = self._what(spec.instance_id, plan)
         user = FIRST_UID + slot if os.geteuid() == 0 else None
         if snapshot is None:
@@ -249,12 +286,12 @@ class QemuRuntime:
         else:
             launch = Launch(
                 files=(guest.rootfs, image),
-                command=lambda files, tap: restoring_command_line(*what, files, tap),
+                command=lambda files, tap: restoring_command_line(*what, files, tap, only_user=function),
                 user=user,
                 restore=Restore(snapshot, token),
             )
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Machine(spec, self._log(spec.instance_id), launch, Metadata(token, assignment), secret)
+        return Machine(spec, self._log(spec.instance_id), launch, document, secret)
 
     def _what(self, name: str, plan: _Plan) -> tuple[str, str, Accelerator, int, int]:
         return program(), leftovers.label(self._scope, name), plan.accelerator, plan.memory_mb, plan.vcpus
@@ -269,31 +306,31 @@ class QemuRuntime:
             _log.warning("a snapshot cannot be read: %s", error)
             return None
 
-    def _make_snapshot(self, key: str, plan: _Plan) -> None:
+    def _make_snapshot(self, key: str, store: SnapshotStore, maker: Callable[[], Making]) -> None:
         """Have a snapshot made, unless that is under way or was in vain."""
         if key not in self._making and self._refused.get(key, 0) < _MAX_REFUSED:
-            task = asyncio.create_task(self._make(key, plan))
+            task = asyncio.create_task(self._make(key, store, maker))
             self._making[key] = task
             task.add_done_callback(lambda _: self._making.pop(key, None))
 
-    async def _make(self, key: str, plan: _Plan) -> None:
+    async def _make(self, key: str, store: SnapshotStore, maker: Callable[[], Making]) -> None:
         async with self._one_maker:
-            with locked(self._snapshots.lock(key), wait=False) as held:
+            with locked(store.lock(key), wait=False) as held:
                 if not held:
                     return  # another process makes it
                 try:
-                    if not self._snapshots.stored(key):
-                        await self._make_now(key, plan)
+                    if not store.stored(key):
+                        await self._make_now(key, store, maker())
                 except (MonitorError, ServiceUnavailable, TimeoutError, OSError) as error:
                     self._refused[key] = self._refused.get(key, 0) + 1
                     _log.warning("a snapshot was not made: %s", error)
                 finally:
-                    self._snapshots.lock(key).unlink(missing_ok=True)
+                    store.lock(key).unlink(missing_ok=True)
 
-    async def _make_now(self, key: str, plan: _Plan) -> None:
-        memory, state = await make_snapshot(self._maker(key, plan))
+    async def _make_now(self, key: str, store: SnapshotStore, making: Making) -> None:
+        memory, state = await make_snapshot(making)
         try:
-            await self._snapshots.keep(key, memory, state)
+            await store.keep(key, memory, state, to_take=store is self._function_snapshots)
         finally:
             os.close(memory)
             os.close(state)
@@ -309,14 +346,27 @@ class QemuRuntime:
             memory_mb=plan.memory_mb,
         )
 
-    async def _until_restored(self, machine: Machine, task: asyncio.Task[None]) -> None:
-        up = asyncio.create_task(machine.up.wait())
+    def _function_maker(self, key: str, spec: FunctionSpec, plan: _Plan, image: Path) -> Making:
+        guest = plan.guest
+        token, secret = secrets.token_hex(32), secrets.token_hex(32)
+        what = self._what(f"{_MAKER}{key}", plan)
+        arguments = kernel_arguments(plan.accelerator, f"aether.token={token}", "aether.park=1")
+        return Making(
+            files=(guest.kernel, guest.initramfs, guest.rootfs, image),
+            command=lambda files, tap: making_command_line(*what, arguments, files, tap),
+            user=FIRST_UID + _MAX_MACHINES if os.geteuid() == 0 else None,
+            memory_mb=plan.memory_mb,
+            function=(_document(spec, guest, token, secret), secret),
+        )
+
+    async def _until_restored(self, machine: Machine, task: asyncio.Task[None], restored: asyncio.Event) -> None:
+        up = asyncio.create_task(restored.wait())
         try:
             limit = min(_RESTORE_SECS, machine.spec.ready_secs / 2)
             await asyncio.wait([up, task], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
             up.cancel()
-        if machine.up.is_set() or machine.stopping:
+        if restored.is_set() or machine.stopping:
             return
         if not task.done():
             raise _NotRestored(f"it did not go on within {limit:g} seconds", damaged=False)
@@ -358,6 +408,22 @@ class QemuRuntime:
 
     def _log(self, instance_id: str) -> Path:
         return self._logs / f"{instance_id}.log"
+
+
+def _command(spec: FunctionSpec, guest: Guest) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What is run of the function, and its variables."""
+    return (*guest.command, spec.entrypoint), {**dict(guest.env), **spec.env, "PORT": str(spec.port)}
+
+
+def _document(spec: FunctionSpec, guest: Guest, token: str, secret: str) -> Metadata:
+    """What a machine of the function is told. Raises BadRequest for what cannot be told."""
+    argv, env = _command(spec, guest)
+
+    def assignment() -> bytes:
+        return encode(argv, env, port=spec.port, secret=secret, time_ns=time.time_ns())
+
+    assignment()  # what cannot be told is refused before anything is started
+    return Metadata(token, assignment)
 
 
 def program() -> str:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -49,9 +49,11 @@ class Damaged(Exception):
 class Snapshot:
     """A snapshot in memory; its descriptors are closed with the last reference to it."""
 
-    def __init__(self, memory: int, state: int, used: int) -> None:
+    def __init__(self, memory: int, state: int, used: int, note: bytes = b"") -> None:
         self.memory = memory
-        """Of the guest, as a sealed memory file."""
+        """Of the guest, as a memory file; sealed, unless it is for one machine alone."""
+        self.note = note
+        """What lies on disk beside it, where that decides whether it may be used."""
         self.used = used
         """Bytes of memory that it takes."""
         self._state = state
@@ -76,6 +78,15 @@ def snapshot_key(guest: Guest, vcpus: int, memory_mb: int, accelerator: Accelera
     return sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
+def function_snapshot_key(runtime: str, image: str, argv: Sequence[str], env: Mapping[str, str], port: int) -> str:
+    """The name of the snapshots of a function that runs on what the runtime snapshot `runtime` would be of.
+
+    After a restart of this machine it is another one: had the power gone, a used one might lie on the disk again."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    said = json.dumps([_FORMAT, runtime, boot, image, list(argv), dict(env), port], sort_keys=True)
+    return sha256(said.encode()).hexdigest()[:40]
+
+
 class SnapshotStore:
     """Snapshots by their key. `find` and `keep` may be called by any number of tasks at once."""
 
@@ -97,14 +108,24 @@ class SnapshotStore:
             task.add_done_callback(lambda done: self._loaded(key, done))
         return await asyncio.shield(task)
 
-    async def keep(self, key: str, memory: int, state: int) -> None:
-        """Store what the descriptors hold. The caller holds `lock`, and closes them. Raises OSError."""
+    async def take(self, key: str) -> Snapshot | None:
+        """The snapshot, which nobody is given a second time, also when this process is killed now; None when there
+        is none or it is damaged. Its memory is the taker's to write. Raises OSError of the disk."""
+        return await asyncio.shield(asyncio.to_thread(self._take, key, self._resident.pop(key, None)))
+
+    async def keep(self, key: str, memory: int, state: int, *, to_take: bool = False) -> None:
+        """Store what the descriptors hold. The caller holds `lock`, and closes them. Raises OSError.
+
+        With `to_take`, it stays in memory for `take`."""
         storing = asyncio.ensure_future(asyncio.to_thread(self._store, key, memory, state))
         try:
             await asyncio.shield(storing)
         except asyncio.CancelledError:
             await asyncio.wait([storing])  # the descriptors are closed next
             raise
+        if to_take:
+            used = os.fstat(memory).st_blocks * 512
+            self._hold(key, Snapshot(os.dup(memory), os.dup(state), used, storing.result()))
 
     async def discard(self, key: str) -> None:
         """Throw a snapshot away; machines that were started from it go on."""
@@ -143,6 +164,9 @@ class SnapshotStore:
         del self._loading[key]
         if task.cancelled() or task.exception() is not None or (found := task.result()) is None:
             return
+        self._hold(key, found)
+
+    def _hold(self, key: str, found: Snapshot) -> None:
         self._resident[key] = found
         over = sum(item.used for item in self._resident.values()) - self._limits.max_resident_bytes
         for name, item in list(self._resident.items()):
@@ -165,14 +189,27 @@ class SnapshotStore:
         os.utime(place / _NOTE)
         return found
 
-    def _store(self, key: str, memory: int, state: int) -> None:
+    def _take(self, key: str, held: Snapshot | None) -> Snapshot | None:
+        try:
+            with tempfile.TemporaryDirectory(prefix=key + PART, dir=self.folder) as work:
+                taken = Path(work) / "taken"
+                (self.folder / key).rename(taken)  # who has renamed it is the only one who may use it
+                # another process may have used what is held here, and have made the one that was taken
+                if held is not None and (taken / _NOTE).read_bytes() == held.note:
+                    return held
+                return _read(taken, sealed=False)
+        except (FileNotFoundError, Damaged):
+            return None
+
+    def _store(self, key: str, memory: int, state: int) -> bytes:
         with tempfile.TemporaryDirectory(prefix=key + PART, dir=self.folder) as work:
             place = Path(work) / "snapshot"
             place.mkdir(mode=0o700)
-            _write(place, memory, state)
+            note = _write(place, memory, state)
             self._remove(key)
             place.rename(self.folder / key)
         self._evict(key)
+        return note
 
     def _evict(self, spare: str) -> None:
         size = 0
@@ -198,8 +235,9 @@ def new_memory(size: int) -> int:
     return fd
 
 
-def _write(place: Path, memory: int, state: int) -> None:
-    """Memory as those of its blocks that are not empty, one after the other; which ones is in the note."""
+def _write(place: Path, memory: int, state: int) -> bytes:
+    """Memory as those of its blocks that are not empty, one after the other; which ones is in the note, which is
+    returned."""
     size = os.fstat(memory).st_size
     blocks: list[int] = []
     hashed = sha256()
@@ -216,13 +254,15 @@ def _write(place: Path, memory: int, state: int) -> None:
     with _create(place / _STATE) as fd:
         _all(fd, saved)
         os.fsync(fd)
-    note = {"size": size, "blocks": blocks, "memory": hashed.hexdigest(), "state": sha256(saved).hexdigest()}
+    told = {"size": size, "blocks": blocks, "memory": hashed.hexdigest(), "state": sha256(saved).hexdigest()}
+    note = json.dumps(told).encode()
     with _create(place / _NOTE) as fd:
-        _all(fd, json.dumps(note).encode())
+        _all(fd, note)
         os.fsync(fd)
+    return note
 
 
-def _read(place: Path) -> Snapshot:
+def _read(place: Path, *, sealed: bool = True) -> Snapshot:
     """Raises Damaged, and FileNotFoundError when there is none."""
     try:
         note = json.loads((place / _NOTE).read_bytes())
@@ -247,7 +287,7 @@ def _read(place: Path) -> Snapshot:
         if (hashed.hexdigest(), sha256(saved).hexdigest()) != wanted or os.fstat(memory).st_size != size:
             raise Damaged("a snapshot does not have its digest")
         _all(state, saved)
-        for fd in (memory, state):
+        for fd in (memory, state) if sealed else ():
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         _close(memory, state)

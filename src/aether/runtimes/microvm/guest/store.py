@@ -16,7 +16,7 @@ from aether.runtimes.locks import LOCK, PART, locked, sweep_parts
 from aether.runtimes.microvm.guest import initramfs, kernel, rootfs
 from aether.runtimes.microvm.images import BUILDER, make_image
 
-VERSION = "4"
+VERSION = "5"
 """Part of every key: change it whenever the same sources would give another guest."""
 
 

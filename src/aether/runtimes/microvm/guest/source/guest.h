@@ -55,6 +55,8 @@ void become_function(const struct assignment *work) __attribute__((noreturn));
 void detach_code(void);
 /* Says on the console that a snapshot can be made and returns in a clone, with its boot token. */
 const char *wait_for_token(int console);
+/* The boot token that the host writes on the console of a clone. */
+const char *read_token(int console);
 /* Runs `command`, words with commas between, to its end, so that its files are in memory. */
 void rehearse(const char *command);
 /* Stirs fresh randomness into the kernel's, so that clones have nothing in common. */

@@ -4,6 +4,9 @@
  * writes "hello SECRET", "ready" once something listens on the function's port, and "exit CODE", "signal NUMBER" or
  * "memory NUMBER" (killed by the kernel for want of it); it
  * reads "stop MILLISECONDS": SIGTERM, SIGKILL when the time is over. When the line breaks, the machine stops.
+ *
+ * Booted with "aether.park=1", it stops the function as soon as that listens, writes "parked" instead of "ready", and
+ * lets go of the line when the host does. The host makes a snapshot then; its clone opens a line of its own.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -160,6 +163,43 @@ void become_function(const struct assignment *work)
     die("cannot run %s: %s", work->argv[0], strerror(errno));
 }
 
+/* What the host gives a machine each time it starts: randomness, the time, and the line, which is returned. */
+static int join_host(const char *token, struct assignment *work)
+{
+    fetch_assignment(token, work);
+    stir(work->entropy);
+    explicit_bzero(work->entropy, strlen(work->entropy));
+    struct timespec now = {.tv_sec = (time_t)(work->time_ns / 1000000000u),
+                           .tv_nsec = (long)(work->time_ns % 1000000000u)};
+    if (work->time_ns && clock_settime(CLOCK_REALTIME, &now) != 0)
+        die("cannot set the clock: %s", strerror(errno));
+    int control = dial(HOST_ADDRESS, CONTROL_PORT, 10);
+    tell(control, "hello %s\n", work->secret);
+    explicit_bzero(work->secret, strlen(work->secret));
+    return control;
+}
+
+/* Stop all that runs and let go of the line; returns in the clone, with its own line, when all runs again. */
+static int park(pid_t function, int control)
+{
+    static struct assignment again;
+    int status;
+    char word;
+    /* all of it, not its group only: nothing may run between the snapshot and the fresh randomness */
+    if (kill(-1, SIGSTOP) != 0 || waitpid(function, &status, WUNTRACED) != function || !WIFSTOPPED(status))
+        die("cannot stop the function");
+    tell(control, "parked\n");
+    if (recv(control, &word, 1, 0) != 0)
+        die("the host did not let go of the line");
+    close(control);
+    control = join_host(read_token(console), &again);
+    for (char **next = again.envp; *next; next++)
+        explicit_bzero(*next, strlen(*next));
+    if (kill(-1, SIGCONT) != 0)
+        die("cannot let the function go on: %s", strerror(errno));
+    return control;
+}
+
 /* Wait for what the children, the host and the clock bring until the function is over. */
 static void supervise(pid_t function, int children, int control, const struct assignment *work)
 {
@@ -223,6 +263,8 @@ static void supervise(pid_t function, int children, int control, const struct as
             int found = listens(work->port);
             if (found > 0) {
                 ready = 1;
+                if (parameter("park"))
+                    control = park(function, control);
                 tell(control, "ready\n");
             } else if (found < 0 && !warned) {
                 warned = 1;
@@ -254,15 +296,7 @@ int main(void)
         token = wait_for_token(console);
         mount_code("/app");
     }
-    fetch_assignment(token, &work);
-    stir(work.entropy);
-    explicit_bzero(work.entropy, strlen(work.entropy));
-    struct timespec now = {.tv_sec = (time_t)(work.time_ns / 1000000000u), .tv_nsec = (long)(work.time_ns % 1000000000u)};
-    if (work.time_ns && clock_settime(CLOCK_REALTIME, &now) != 0)
-        die("cannot set the clock: %s", strerror(errno));
-    int control = dial(HOST_ADDRESS, CONTROL_PORT, 10);
-    tell(control, "hello %s\n", work.secret);
-    explicit_bzero(work.secret, strlen(work.secret));
+    int control = join_host(token, &work);
     sigemptyset(&watched);
     sigaddset(&watched, SIGCHLD);
     sigprocmask(SIG_BLOCK, &watched, NULL);

@@ -74,11 +74,10 @@ void rehearse(const char *command)
         die("the language runtime does not work: it ended with %d", status);
 }
 
-const char *wait_for_token(int console)
+const char *read_token(int console)
 {
     static char token[TOKEN_ROOM];
     size_t have = 0;
-    say("waiting");
     for (;;) {
         ssize_t more = read(console, token + have, sizeof token - 1 - have);
         if (more <= 0)
@@ -88,11 +87,17 @@ const char *wait_for_token(int console)
         char *end = strchr(token, '\n');
         if (end) {
             *end = 0;
-            break;
+            return token;
         }
         if (have == sizeof token - 1)
             die("the boot token is too long");
     }
+}
+
+const char *wait_for_token(int console)
+{
+    say("waiting");
+    const char *token = read_token(console);
     tell_driver(driver);
     close(driver);
     return token;
