@@ -112,7 +112,9 @@ async def test_a_function_from_its_making_to_its_end(world: World) -> None:
     assert coded["status"] == "idle"
     for ref in ("hello", made["id"]):
         assert (await world.call("GET", f"/api/functions/{ref}"))[1] == coded
-    status, changed = await world.call("PUT", "/api/functions/hello", json={"env_vars": {"GREETING": "ho"}, "snapshot": True})
+    status, changed = await world.call(
+        "PUT", "/api/functions/hello", json={"env_vars": {"GREETING": "ho"}, "snapshot": True}
+    )
     assert changed["snapshot"] is True
     assert (status, changed["version"], changed["env_vars"], changed["memory_mb"]) == (
         200,
