@@ -287,10 +287,11 @@ def put_by_hand(signed: dict[str, Any], base: str, sent: bytes, announced: int) 
     head = [f"PUT {url.path}?{url.query} HTTP/1.1", f"Host: {url.netloc}", f"Content-Length: {announced}"]
     head += [f"{name}: {value}" for name, value in headers.items()]
     with socket.create_connection((url.hostname or "", url.port or 80), 20) as sock:
-        sock.sendall("\r\n".join([*head, "", ""]).encode() + sent)
-        sock.shutdown(socket.SHUT_WR)
         answer = b""
-        with contextlib.suppress(ConnectionResetError):  # hung up on us, which is an answer too
+        with contextlib.suppress(OSError):  # hung up on us, at whatever byte, which is an answer too
+            sock.sendall("\r\n".join([*head, "", ""]).encode() + sent)
+            sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
             while data := sock.recv(65_536):
                 answer += data
         return answer
