@@ -47,7 +47,7 @@ while True:
 async def through_aether(count: int, parallel: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         rules = Rules(idle_secs=600.0, last_idle_secs=600.0)
-        options = WorkerOptions("local", parallel, 60.0)
+        options = WorkerOptions("local", parallel, ready_secs=60.0)
         async with running_functions(Path(folder), rules=rules, start_secs=60.0, worker=options) as it:
             for number in range(count):
                 it.put(SERVER, name=f"f{number}", function_id=str(uuid.uuid4()))

@@ -13,6 +13,7 @@ from aether.functions.board import FUNCTIONS, InstanceRecord, Stage
 from aether.functions.gateway import Waiting
 from aether.functions.scaler import PROVISION
 from aether.functions.scaling import Rules
+from aether.functions.worker import WorkerOptions
 from aether.model.function_instance import FunctionSpec, StartKind
 from aether.model.kv import Put
 from support.functions import FUNCTION_ID, SERVER, Functions, Load, running_functions
@@ -202,6 +203,19 @@ async def test_a_function_that_cannot_start_says_why_and_is_left_alone(
         await it.routed(it.put())
         assert await it.get() == (200, "hi")
         assert (await it.state()).failures == 0
+
+
+async def test_a_machine_without_memory_to_spare_says_so(tmp_path: Path) -> None:
+    spare = [100]
+    worker = WorkerOptions("local", 4, lambda: spare[0], 20.0)
+    async with running_functions(tmp_path, worker=worker) as it:
+        await it.routed(it.put(memory_mb=128))
+        status, body = await it.get()
+        assert status == 503
+        assert "this machine has 100 MB of memory to spare, and an instance takes 128" in body
+        spare[0] = 128
+        await it.routed(it.put(memory_mb=128, env_vars={"SAY": "now"}))
+        assert await it.get() == (200, "now")
 
 
 async def test_calls_of_a_broken_new_version_are_served_by_the_old_one(tmp_path: Path) -> None:

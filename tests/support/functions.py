@@ -211,7 +211,7 @@ async def running_functions(
         stack.push_async_callback(edge.close, 2.0)
         shelf, records = Shelf(), Records()
         limits = Limits(start_secs=math.inf, drain_secs=10.0, acknowledge_secs=5.0, stop_secs=5.0)
-        worker = worker or WorkerOptions("local", 4, start_secs, limits)
+        worker = worker or WorkerOptions("local", 4, ready_secs=start_secs, limits=limits)
         options = FunctionOptions(waiting=waiting, rules=rules, worker=worker)
         engine = FunctionEngine(kv, queue, shelf, records, runtime, table, options)
         client = await stack.enter_async_context(

@@ -52,6 +52,8 @@ class WorkerOptions:
 
     name: str
     parallel_starts: int = 4
+    free_mb: Callable[[], int | None] = lambda: None
+    """What an instance could still have of this machine's memory, in MB; None where nobody can tell."""
     ready_secs: float = 60.0
     """From an instance's turn to start until it must listen."""
     limits: Limits = field(default_factory=lambda: Limits(start_secs=math.inf))
@@ -256,6 +258,10 @@ class Worker:
         )
         await self.runtime.prepare(definition.runtime, code)
         async with self._turns:
+            free_mb = self.options.free_mb()
+            if free_mb is not None and free_mb < spec.memory_mb:
+                spare = f"this machine has {max(0, free_mb)} MB of memory to spare"
+                raise ServiceUnavailable(f"{spare}, and an instance takes {spec.memory_mb}")
             began = time.monotonic()
             try:
                 async with asyncio.timeout(spec.ready_secs + _START_GRACE_SECS):

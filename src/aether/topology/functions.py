@@ -29,6 +29,8 @@ from aether.stores.kv.sqlite import SqliteKV
 from aether.stores.queue.sqlite import SqliteQueue
 
 _TOOLS = ((PROGRAM, "qemu-system-x86"), ("mksquashfs", "squashfs-tools"), ("lz4", "lz4"), ("cc", "gcc"))
+KEPT_MB = 256
+"""Of the machine's memory, for everything else."""
 _log = logger(__name__)
 
 
@@ -98,6 +100,16 @@ async def running_functions(
         yield engine, words
 
 
+def free_mb() -> int | None:
+    """Memory that can be had without swapping, less what the machine itself should keep; None without /proc."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found.split()[1]) // 1024 - KEPT_MB
+
+
 def _options(settings: Settings) -> FunctionOptions:
     return FunctionOptions(
         waiting=Waiting(settings.function_wait_secs, settings.function_max_waiting),
@@ -109,6 +121,7 @@ def _options(settings: Settings) -> FunctionOptions:
         worker=WorkerOptions(
             "local",
             parallel_starts=settings.function_parallel_starts or os.cpu_count() or 1,
+            free_mb=free_mb,
             ready_secs=settings.function_start_secs,
             limits=Limits(
                 start_secs=math.inf,
